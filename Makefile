@@ -1,0 +1,101 @@
+# Every job by name. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+LAUNCH := $(PY) notebooks/launch.py
+
+# Words for the common parameters; P takes any other, as papermill flags.
+PARAMS ?=
+P ?=
+NAMED = $(if $(MODEL),-p model_name '$(MODEL)') $(if $(DATASET),-p dataset_name '$(DATASET)') \
+	$(if $(LAYER),-p layer '$(LAYER)') $(if $(SEED),-p seed '$(SEED)') $(if $(RUN),-p run_dir 'runs/$(RUN)')
+
+# Several runs side by side (make -j2 sweep) share the cores; torch's own default collapses then.
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+JOBS = $(or $(patsubst -j%,%,$(filter-out -j,$(filter -j%,$(MAKEFLAGS)))),1)
+export OMP_NUM_THREADS ?= $(shell n=$$(( $(CORES) / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
+export TOKENIZERS_PARALLELISM ?= false
+export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
+
+.PHONY: help
+help: ## list the jobs
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Error: Python 3.11 or later is needed, this is {sys.version.split()[0]}: make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PY) -m pip install --quiet --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	@echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sae_utils.pth"
+	@mkdir -p $(IPYTHONDIR)/profile_default
+	@echo 'c.IPKernelApp.log_level = 40  # no warning about the transport of a local kernel' > $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
+	@if [ -d .git ]; then \
+	  git config filter.nbstripout.clean 'sh -c "if [ -x $(VENV)/bin/nbstripout ]; then $(VENV)/bin/nbstripout --keep-id; else cat; fi"'; \
+	  git config filter.nbstripout.smudge cat; fi
+	@touch $@
+
+.PHONY: setup
+setup: $(READY) ## make the environment (without a GPU: TORCH_INDEX=<PyTorch's index of CPU wheels>)
+
+.PHONY: lab
+lab: $(READY) ## open the notebooks in Jupyter
+	$(VENV)/bin/jupyter lab notebooks
+
+TINY := runs/tiny-model/config.json
+$(TINY): notebooks/tiny_model.ipynb | $(READY)
+	$(LAUNCH) tiny_model
+	@touch $@
+
+.PHONY: tiny-model
+tiny-model: $(TINY) ## build the embedded tiny model and its text
+
+.PHONY: demo
+demo: $(TINY) ## tiny model -> SAE -> report -> patched generation, in a few minutes
+	$(LAUNCH) sae_training -f params/tiny.yaml -p run_dir runs/demo
+	$(LAUNCH) patch_neurons -f params/patch-tiny.yaml -p run_dir runs/demo
+	@$(PY) -c 'import json; print("\n" + json.load(open("runs/demo/metrics.json"))["finding"]); print(json.load(open("runs/demo/patches/demo/patching.json"))["finding"])'
+	@echo "report               runs/demo/report.pdf"
+	@echo "patched generation   runs/demo/patches/demo/patching.html"
+	@echo "executed notebooks   runs/demo/sae_training.ipynb, runs/demo/patches/demo/patch_neurons.ipynb"
+	@echo "metrics              runs/demo/metrics.json, runs/demo/patches/demo/patching.json"
+
+.PHONY: train
+train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED=] [RUN=] [P="-p name value"]
+	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
+
+.PHONY: patch
+patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]
+	$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(RUN)' $(P)
+
+# One target for each pair of layer and L1 coefficient, such as cell/6/3e-4.
+LAYERS ?= 6
+L1S ?= 3e-4
+SWEEP ?= sweep
+CELLS := $(foreach layer,$(LAYERS),$(foreach l1,$(L1S),cell/$(layer)/$(l1)))
+.PHONY: sweep $(CELLS)
+sweep: $(CELLS) ## train every pair of LAYERS="1 2 3" and L1S="1e-4 3e-4" (-j2: two at once, -k: past failures)
+$(CELLS): $(READY)
+	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P) -p layer $(word 2,$(subst /, ,$@)) \
+	  -p l1_coeff $(word 3,$(subst /, ,$@)) -p run_dir runs/$(SWEEP)-L$(word 2,$(subst /, ,$@))-l1_$(word 3,$(subst /, ,$@))
+
+.PHONY: tensorboard
+tensorboard: $(READY) ## watch all runs
+	$(VENV)/bin/tensorboard --logdir runs
+
+.PHONY: test
+test: $(READY) ## all tests, the notebooks on the tiny model included
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests
+
+.PHONY: smoke
+smoke: $(READY) ## only the notebooks on the tiny model
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests/test_notebooks.py
+
+.PHONY: clean
+clean: ## delete what can be rebuilt: stored activations, the tiny model, Python's caches
+	rm -rf runs/activations runs/tiny-model runs/tiny-world runs/tiny_model .pytest_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

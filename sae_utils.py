@@ -1,0 +1,1230 @@
+"""Sparse autoencoders (SAEs) on a transformer's MLP outputs: the code the notebooks share.
+
+    x_unit     = (x - mean) / norm                     norm: ‖x - mean‖ of each token
+    acts       = relu(x_unit @ W_enc + b_enc)          (…, d_sae), mostly zeros
+    x_unit_hat = acts @ W_dec + b_dec                  rows of W_dec have unit norm
+    x_hat      = x_unit_hat * norm + mean
+
+Sections, in the order the data flows: run, model, text, activations, SAE, training, metrics,
+editing, looking, launching. Importing this module does nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import html
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent
+FORMAT_VERSION = 1
+REFERENCE_L1_WEIGHT = 0.35  # 3e-4 * 1152: the reference's weight against the summed squared error
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one sentence, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for this instead of its own traceback
+        return [f"Error: {self}"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Run: parameters, the run's folder, files
+# ---------------------------------------------------------------------------------------------
+
+
+def resolve(path: str | Path) -> Path:
+    """The path, relative ones counted from the repository root wherever the kernel was started."""
+    return (ROOT / Path(path).expanduser()).resolve()
+
+
+@contextmanager
+def atomic(path: str | Path):
+    """Gives a temporary path to write to, renamed to `path` when all went well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Writes JSON that any parser reads: NaN and infinities become null."""
+
+    def plain(v):
+        if isinstance(v, dict):
+            return {str(k): plain(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [plain(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+@dataclass
+class Param:
+    """One line of a notebook's parameters cell: `name: type = default  # help [allowed]`."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+    allowed: str  # "", "from 1", "above 0", "0 to 1" or "relu | topk"; no "=", papermill trips over it
+
+    def checked(self, value):
+        """The value in the declared type; words such as 'false' or '1e-4' that papermill or YAML
+        leave as text are converted. Raises UserError for a wrong type or range."""
+        if self.type == "bool" and str(value).lower() in ("true", "false"):
+            value = str(value).lower() == "true"
+        elif self.type == "float" and not isinstance(value, bool):
+            try:
+                value = float(value)
+            except (TypeError, ValueError):
+                pass
+        elif self.type == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        wrong_type = type(value).__name__ != self.type
+        if wrong_type or (isinstance(value, float) and not math.isfinite(value)) or not self._in_range(value):
+            expected = {"str": "text", "int": "a whole number", "float": "a number"}.get(self.type, f"a {self.type}")
+            bounds = f" ({self.allowed})" if self.allowed else ""
+            raise UserError(f"parameter {self.name} must be {expected}{bounds}, not {value!r}.")
+        return value
+
+    def _in_range(self, value) -> bool:
+        words = self.allowed.split()
+        if words[:1] == ["from"]:
+            return value >= float(words[1])
+        if words[:1] == ["above"]:
+            return value > float(words[1])
+        if words[1:2] == ["to"]:
+            return float(words[0]) <= value <= float(words[2])
+        return not words or value in words[::2]
+
+
+def declared_params(notebook: str) -> dict[str, Param]:
+    """What the parameters cell of `notebooks/<notebook>.ipynb` declares, read from the file itself."""
+    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    lines = source.splitlines()
+    declared = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign):
+            comment = lines[node.end_lineno - 1].partition("  # ")[2].strip()
+            allowed = re.search(r"\[([^\[\]]+)\]$", comment)
+            declared[node.target.id] = Param(
+                node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value),
+                comment, allowed.group(1) if allowed else "",
+            )  # fmt: skip
+    return declared
+
+
+def check_params(notebook: str, given: dict) -> dict:
+    """All parameters of the notebook, defaults filled in, checked by name, type and range.
+
+    `given` is a plain dict, or the notebook's globals(): then the names come from the cell that
+    papermill injected, since by itself papermill accepts a misspelt name. Raises UserError.
+    """
+    declared = declared_params(notebook)
+    names = given.keys()
+    if "In" in given:  # a running notebook: look at the sources of the cells executed so far
+        injected = [cell for cell in given["In"] if cell.startswith("# Parameters\n")]
+        names = [node.targets[0].id for cell in injected for node in ast.parse(cell).body]
+    for name in names:
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else f" It has: {', '.join(declared)}."
+            raise UserError(f"{notebook} has no parameter {name}.{hint}")
+    return {name: p.checked(given.get(name, p.default)) for name, p in declared.items()}
+
+
+def run_name(params: dict, defaults: dict) -> str:
+    """`<model>-L<layer>` and what differs from the defaults; a digest where that would be long."""
+    model = Path(params["model_name"]).name
+    own = {"model_name", "layer", "run_dir", "device"}
+    parts = []
+    for name in sorted(set(params) - own):
+        if params[name] != defaults[name]:
+            value = params[name]
+            value = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem if value else "none"
+            parts.append(name.replace("_", "") + str(value))
+    suffix = "-".join(parts)
+    if len(suffix) > 60:
+        suffix = hashlib.sha256(suffix.encode()).hexdigest()[:8]
+    name = "-".join([model, f"L{params['layer']}"] + ([suffix] if suffix else []))
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+
+
+def run_folder(params: dict) -> tuple[Path, bool]:
+    """The folder of a training run and whether that run is finished.
+
+    Raises UserError where the folder holds a run made with other parameters.
+    """
+    defaults = {name: p.default for name, p in declared_params("sae_training").items()}
+    run_dir = resolve(params["run_dir"] or Path("runs") / run_name(params, defaults))
+    refuse_other_params(run_dir / "params.json", params)
+    return run_dir, (run_dir / ".done").exists()
+
+
+def start_run(params: dict) -> Path:
+    """Claims the folder of a training run and writes params.json there; returns the folder.
+
+    What an unfinished run with the same parameters left is started again. UserError if finished.
+    """
+    run_dir, finished = run_folder(params)
+    if finished:
+        raise UserError(
+            f"{show_path(run_dir)} is finished: open the sae_training.ipynb there, or change a parameter to start another run."
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
+        stale.unlink()
+    record_params(run_dir / "params.json", params)
+    return run_dir
+
+
+def patch_folder(params: dict) -> tuple[Path, bool]:
+    """The folder of a patching experiment, `<run>/patches/<name>/`, and whether it is finished.
+
+    Raises UserError where the run does not exist or is not finished, or where an experiment of
+    that name was made with other parameters.
+    """
+    run_dir = finished_run(params["run_dir"])
+    folder = run_dir / "patches" / re.sub(r"[^A-Za-z0-9._-]+", "_", params["name"] or "patch")
+    refuse_other_params(folder / "params.json", params)
+    return folder, (folder / ".done").exists()
+
+
+def finished_run(run_dir: str) -> Path:
+    """The folder of a finished training run. Raises UserError where there is none."""
+    folder = resolve(run_dir) if run_dir else ROOT / "runs"
+    if not run_dir or not folder.is_dir():
+        known = sorted(f.parent.name for f in (ROOT / "runs").glob("*/.done"))
+        raise UserError(f"there is no run {show_path(folder)}; finished runs: {', '.join(known) or 'none yet, try `make demo`'}.")
+    if not (folder / ".done").exists():
+        raise UserError(f"{show_path(folder)} is not finished: train it with the same `make train` command first.")
+    return folder
+
+
+def refuse_other_params(file: Path, params: dict) -> None:
+    """Raises UserError if `file` records an experiment with other parameters than these."""
+    if not file.exists():
+        return
+    before = json.loads(file.read_text())["parameters"]
+    free = {"run_dir", "device", "name"}  # where and on what it runs does not change what it is
+    different = [
+        f"{name} was {before.get(name)!r}, now {params.get(name)!r}"
+        for name in sorted((set(before) | set(params)) - free)
+        if before.get(name) != params.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"{show_path(file.parent)} already holds a run with other parameters ({'; '.join(different)}): "
+            "give this one another name, or delete that folder."
+        )
+
+
+def show_path(path: Path) -> str:
+    """The path as a reader would type it: relative to the repository root where it lies inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def record_params(file: Path, params: dict, **more) -> None:
+    """Writes params.json: the parameters as resolved, package versions, git commit."""
+    packages = ("torch", "transformers", "datasets", "numpy", "papermill")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    write_json(file, {
+        "parameters": params,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": git.stdout.strip() or None,
+        **more,
+    })  # fmt: skip
+
+
+def pick_device(name: str = "") -> str:
+    """`name`, or the best device there is: CUDA, then MPS, then CPU."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name and not found.get(name.split(":")[0], False):
+        raise UserError(f"device {name} is not available here; leave it empty to use {next(d for d in found if found[d])}.")
+    return name or next(d for d in found if found[d])
+
+
+class Every:
+    """True at most once per `seconds`: for progress lines that stay few in a log.
+
+    >>> if due(): print(...)
+    """
+
+    def __init__(self, seconds: float = 10.0):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Model: where the hook is, loading
+# ---------------------------------------------------------------------------------------------
+
+# The module whose output is the MLP's, by the config's model_type; anything else: DEFAULT_HOOK.
+DEFAULT_HOOK = "model.layers.{layer}.mlp.down_proj"
+HOOKS = {
+    "gpt2": "transformer.h.{layer}.mlp.c_proj",
+    "gpt_neo": "transformer.h.{layer}.mlp.c_proj",
+    "gptj": "transformer.h.{layer}.mlp.fc_out",
+    "gpt_neox": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
+    "opt": "model.decoder.layers.{layer}.fc2",
+    "phi": "model.layers.{layer}.mlp.fc2",
+    "gemma3": "model.language_model.layers.{layer}.mlp.down_proj",
+}
+
+
+def use_hf_token() -> None:
+    """Honours notebooks/secret_tokens.py (HF_TOKEN = "…") where the environment has no token.
+
+    HF_TOKEN and `hf auth login` need nothing: the Hugging Face libraries read them by themselves.
+    """
+    file = ROOT / "notebooks" / "secret_tokens.py"
+    if file.exists() and not os.environ.get("HF_TOKEN"):
+        os.environ["HF_TOKEN"] = runpy.run_path(str(file))["HF_TOKEN"]
+
+
+@contextmanager
+def hub_errors(kind: str, name: str):
+    """Turns what the Hugging Face libraries raise for `name` into one sentence that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, ConnectionError) as error:
+        chain, text = error, ""
+        while chain is not None:
+            text, chain = text + f" {type(chain).__name__}: {chain}", chain.__cause__ or chain.__context__
+        if "gated" in text.lower() or "401" in text or "403" in text:
+            raise UserError(
+                f"{kind} {name} is gated or private: accept its licence on huggingface.co/{name}, then set HF_TOKEN "
+                "or run `hf auth login`; `make demo` needs no account."
+            ) from None
+        if any(w in text for w in ("OfflineMode", "offline mode", "connect", "resolve host", "LocalEntryNotFound", "Max retries")):
+            raise UserError(
+                f"{kind} {name} is not on this disk and the Hugging Face hub cannot be reached: connect "
+                "(and unset HF_HUB_OFFLINE), name a local folder, or try `make demo`, which needs no network."
+            ) from None
+        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise UserError(f"{kind} {name} could not be loaded: {first}") from None
+
+
+def local_or_hub(name: str, kind: str) -> str:
+    """An absolute path where `name` is a local file or folder, else the hub id. UserError if neither."""
+    if not name:
+        raise UserError(f"no {kind} is named.")
+    if resolve(name).exists():
+        return str(resolve(name))
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or name.startswith("runs/"):
+        raise UserError(f"{kind} {name}: there is no such file or folder, and it is no Hugging Face id.")
+    return name
+
+
+def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "") -> str:
+    """The name of the hooked module, such as `model.layers.6.mlp.down_proj`.
+
+    Looks at the config and an empty skeleton only, so that a wrong layer or hook is refused before
+    any weight is read. `hook` is a template with `{layer}`; empty: the family's MLP output.
+    """
+    import transformers
+
+    source = local_or_hub(model_name, "model")
+    use_hf_token()
+    with hub_errors("model", model_name):
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision or None)
+    n_layers = config.get_text_config().num_hidden_layers
+    if not 0 <= layer < n_layers:
+        raise UserError(f"layer {layer} is outside {model_name}: valid layers are 0 to {n_layers - 1}.")
+    name = (hook or HOOKS.get(config.model_type, DEFAULT_HOOK)).replace("{layer}", str(layer))
+    with torch.device("meta"):
+        skeleton = transformers.AutoModelForCausalLM.from_config(config)
+    modules = [n for n, _ in skeleton.named_modules() if n]
+    if name not in modules:
+        near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3)
+        raise UserError(f"hook {name} matches no module of {model_name}; near matches: {', '.join(near)}.")
+    return name
+
+
+def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: str = ""):
+    """(model, tokenizer), frozen and in eval mode; `dtype` empty: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises UserError where the model cannot be had, or where the checkpoint lacks weights: they
+    would be random, and transformers only prints a table.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    source = local_or_hub(model_name, "model")
+    use_hf_token()
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    with hub_errors("model", model_name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision or None)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, revision=revision or None, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise UserError(
+            f"the checkpoint of {model_name} lacks {len(info['missing_keys'])} weights of this architecture "
+            f"(such as {sorted(info['missing_keys'])[0]}): they would be random, so it is refused."
+        )
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def special_ids(tokenizer) -> list[int]:
+    """Ids of BOS, EOS, padding, unknown, turn marks, …: tokens that are not text."""
+    added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return sorted({*tokenizer.all_special_ids, *added})
+
+
+def pad(sequences: list[list[int]], side: str = "right", device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), both (batch, longest) int64. Padding is id 0: only the mask counts."""
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        span = slice(longest - len(sequence), longest) if side == "left" else slice(0, len(sequence))
+        ids[row, span] = torch.tensor(sequence)
+        mask[row, span] = 1
+    return ids.to(device), mask.to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Text: documents, windows
+# ---------------------------------------------------------------------------------------------
+
+ARTICLE = re.compile(r"^ = [^=].*[^=] = \s*$")  # WikiText's mark of a new article
+
+
+def read_documents(dataset_name: str, config: str = "", split: str = "train", text_column: str = "text", revision: str = ""):
+    """Yields documents: rows of a .jsonl file, whole .txt files, a folder of either, or a `datasets` id.
+
+    WikiText's rows are lines: they are joined into articles. `config` and `split` are ignored for
+    local text. Raises UserError before the first document where there is no text.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    source = local_or_hub(dataset_name, "dataset")
+    path, options = Path(source), {"name": config or None, "split": split, "revision": revision or None}
+    for kind, suffix, more in (("json", ".jsonl", {}), ("text", ".txt", {"sample_by": "document"})):
+        files = [path] if path.suffix == suffix else sorted(path.glob(f"*{suffix}"))
+        if files and not any(file.stat().st_size for file in files):
+            raise UserError(f"dataset {dataset_name} is empty: it holds no text.")
+        if files:
+            source, options = kind, {"data_files": [str(f) for f in files], "split": "train", **more}
+            break
+    use_hf_token()
+    with hub_errors("dataset", dataset_name):
+        rows = datasets.load_dataset(source, **options)
+    if text_column not in rows.column_names:
+        raise UserError(f"dataset {dataset_name} has no column {text_column}; it has: {', '.join(rows.column_names)}.")
+    rows = rows.select_columns([text_column])
+    texts = (row[text_column] for row in rows if row[text_column] and row[text_column].strip())
+    first = next(texts, None)
+    if first is None:
+        raise UserError(f"dataset {dataset_name} is empty: column {text_column} holds no text.")
+    texts = itertools.chain([first], texts)
+    yield from _join_articles(texts) if ARTICLE.match(first) else texts
+
+
+def _join_articles(lines):
+    article = [next(lines)]
+    for line in lines:
+        if ARTICLE.match(line):
+            yield "".join(article)
+            article = []
+        article.append(line)
+    yield "".join(article)
+
+
+def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text without special tokens around it."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def with_bos(tokenizer, ids: list[int]) -> list[int]:
+    """The ids with BOS in front exactly once, where the tokenizer has one."""
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def cut_windows(tokenizer, documents, seq_len: int, n_rows: int):
+    """Cuts whole documents into windows of `seq_len` tokens, BOS in front of each, until `n_rows` rows.
+
+    Returns (windows, window_document): token ids of each window, and its document's number. The
+    last window of a document is as short as what is left. Rows are counted as `text_positions` does.
+    """
+    special, step = set(special_ids(tokenizer)), seq_len - (tokenizer.bos_token_id is not None)
+    windows, owners, rows, number, batch = [], [], 0, 0, []
+
+    def cut(batch):
+        nonlocal rows, number
+        for ids in encode_text(tokenizer, batch):
+            for start in range(0, len(ids), step):
+                if rows >= n_rows:
+                    return
+                window = with_bos(tokenizer, ids[start : start + step])
+                windows.append(window)
+                owners.append(number)
+                rows += len(text_positions(window, special, tokenizer.bos_token_id))
+            number += 1
+
+    for document in documents:
+        batch.append(document)
+        if len(batch) == 256:
+            cut(batch)
+            batch = []
+            if rows >= n_rows:
+                break
+    if batch:
+        cut(batch)
+    return windows, owners
+
+
+def text_positions(window: list[int], special: set[int], bos: int | None) -> list[int]:
+    """Positions of a window whose activations are kept: no special token; without BOS, not the first
+    token either, since it takes BOS's part as the attention sink."""
+    return [i for i, token in enumerate(window) if token not in special and (i > 0 or bos is not None)]
+
+
+def held_out_documents(n_documents: int, fraction: float) -> list[bool]:
+    """Which documents are held out: an even spread of about `fraction`, at least one, never all."""
+    chosen = [math.floor((i + 1) * fraction) > math.floor(i * fraction) for i in range(n_documents)]
+    if n_documents > 1 and not any(chosen):
+        chosen[-1] = True
+    return chosen
+
+
+def split_windows(window_document: list[int], fraction: float) -> tuple[Tensor, Tensor]:
+    """(train, held_out), boolean masks over windows; a document's windows are all in one of them.
+
+    A single document is split in two contiguous blocks with a window between them in neither.
+    """
+    owners = torch.tensor(window_document)
+    n_documents = int(owners.max()) + 1
+    if n_documents > 1:
+        held_out = torch.tensor(held_out_documents(n_documents, fraction))[owners]
+        return ~held_out, held_out
+    first = len(owners) - max(1, round(len(owners) * fraction))
+    index = torch.arange(len(owners))
+    if first < 2:
+        raise UserError(f"the text fills only {len(owners)} windows: too few to train on some and hold others out.")
+    return index < first - 1, index >= first
+
+
+# ---------------------------------------------------------------------------------------------
+# Activations: the forward pass that stops at the hook, the store of rows
+# ---------------------------------------------------------------------------------------------
+
+
+class _Reached(Exception):
+    """Raised in the hook: nothing after the hooked layer is computed."""
+
+
+def first_output(output) -> Tensor:
+    """A module's output tensor, where some modules return it as the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.inference_mode()
+def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The hooked module's output, (batch, seq, d_in); no later layer, norm or head runs."""
+    caught = []
+
+    def stop(module, args, output):
+        caught.append(first_output(output).detach())
+        raise _Reached
+
+    handle = model.get_submodule(hook_name).register_forward_hook(stop)
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@dataclass
+class Rows:
+    """Activations and, aligned with them, where each row comes from."""
+
+    activations: Tensor  # (N, d_in), memory-mapped, in the storage dtype
+    token_ids: Tensor  # (N,) the token at which the row was computed
+    window: Tensor  # (N,) index into `windows`
+    position: Tensor  # (N,) position in the window, BOS being 0
+    windows: list[list[int]]  # token ids of each window, BOS included
+    window_document: list[int]  # document number of each window
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def fingerprint(name: str, *, suffixes: tuple[str, ...], **pinned) -> str:
+    """A digest of what a local file or folder holds, or of a hub id with what pins it."""
+    digest = hashlib.sha256(json.dumps(pinned, sort_keys=True).encode())
+    path = resolve(name)
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in suffixes)
+    if not files:
+        digest.update(name.encode())
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:24]
+
+
+def activation_key(params: dict, hook_name: str, dtype: str) -> dict:
+    """Everything that changes the rows; its digest names their folder."""
+    names = ("seq_len", "n_activations", "activation_dtype")
+    return {
+        "model": fingerprint(params["model_name"], suffixes=(".safetensors", ".json", ".bin"), revision=params["model_revision"]),
+        "text": fingerprint(
+            params["dataset_name"], suffixes=(".jsonl", ".txt", ".parquet", ".md"), revision=params["dataset_revision"],
+            config=params["dataset_config"], split=params["dataset_split"], column=params["text_column"],
+        ),
+        "hook": hook_name, "dtype": dtype, "format": FORMAT_VERSION,
+        **{name: params[name] for name in names},
+    }  # fmt: skip
+
+
+def harvest(model, tokenizer, hook_name: str, documents, folder: Path, key: dict, batch_windows: int = 32) -> None:
+    """Fills `folder` with the first `n_activations` rows of the documents, in document order.
+
+    Batches hold windows of similar length, sorted within a buffer. The folder appears only when it
+    is whole. Prints a line every ten seconds. Raises UserError where the text holds no row.
+    """
+    n_rows, storage = key["n_activations"], getattr(torch, key["activation_dtype"])
+    special, bos = set(special_ids(tokenizer)), tokenizer.bos_token_id
+    windows, owners = cut_windows(tokenizer, documents, key["seq_len"], n_rows)
+    kept = [text_positions(window, special, bos) for window in windows]
+    total = min(n_rows, sum(map(len, kept)))
+    if total == 0:
+        raise UserError("the text holds no token that is not a special one: there is nothing to train on.")
+
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    due, start, done, d_in = Every(10), time.monotonic(), 0, 0
+    token_ids, window_of, position_of = [], [], []
+    try:
+        with (temporary / "rows.bin").open("wb") as file:
+            for first in range(0, len(windows), 1024):
+                order = sorted(range(first, min(first + 1024, len(windows))), key=lambda w: len(windows[w]))
+                found: dict[int, Tensor] = {}
+                for at in range(0, len(order), batch_windows):
+                    batch = order[at : at + batch_windows]
+                    ids, mask = pad([windows[w] for w in batch], device=model.device)
+                    out = run_to_hook(model, hook_name, ids, mask)
+                    found.update({w: out[row, kept[w]].to(storage).cpu() for row, w in enumerate(batch)})
+                    if due():
+                        rate = (done + sum(map(len, found.values()))) / (time.monotonic() - start)
+                        print(f"harvest: {done:,} of {total:,} rows, {rate:,.0f} rows/s, {(total - done) / rate / 60:.1f} min left")
+                for w in sorted(found):
+                    n = min(len(kept[w]), total - done)
+                    d_in = found[w].shape[-1]
+                    file.write(found[w][:n].contiguous().view(torch.uint8).numpy().tobytes())
+                    token_ids += [windows[w][p] for p in kept[w][:n]]
+                    window_of += [w] * n
+                    position_of += kept[w][:n]
+                    done += n
+        flat = np.concatenate([np.asarray(window, np.int32) for window in windows])
+        np.savez(
+            temporary / "tokens.npz", token_ids=np.asarray(token_ids, np.int32), window=np.asarray(window_of, np.int32),
+            position=np.asarray(position_of, np.int32), flat=flat, lengths=np.asarray([len(w) for w in windows], np.int32),
+            window_document=np.asarray(owners, np.int32),
+        )  # fmt: skip
+        write_json(temporary / "manifest.json", {"key": key, "rows": total, "d_in": d_in})
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def open_rows(folder: Path) -> Rows:
+    """The rows that `harvest` wrote to `folder`. Raises UserError where they are not whole."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    n, d_in, dtype = manifest["rows"], manifest["d_in"], getattr(torch, manifest["key"]["activation_dtype"])
+    if (folder / "rows.bin").stat().st_size != n * d_in * dtype.itemsize:
+        raise UserError(f"{show_path(folder)} is damaged (rows.bin has the wrong length): delete that folder to harvest again.")
+    arrays = np.load(folder / "tokens.npz")
+    windows = [part.tolist() for part in np.split(arrays["flat"], np.cumsum(arrays["lengths"])[:-1])]
+    rows = torch.from_file(str(folder / "rows.bin"), shared=False, size=n * d_in, dtype=dtype).view(n, d_in)
+    columns = (torch.from_numpy(arrays[name]).long() for name in ("token_ids", "window", "position"))
+    return Rows(rows, *columns, windows, arrays["window_document"].tolist())
+
+
+def get_rows(model, tokenizer, hook_name: str, params: dict, cache: Path | None = None) -> Rows:
+    """Rows from the cache shared by all runs, harvested first where they are not there yet.
+
+    Two runs that want the same rows at once: one harvests, the other waits and says so.
+    """
+    import filelock
+
+    key = activation_key(params, hook_name, str(model.dtype).removeprefix("torch."))
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = (cache or ROOT / "runs" / "activations") / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(str(folder) + ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"another run is harvesting {show_path(folder)}: waiting for it")
+        lock.acquire()
+    with lock:
+        if not (folder / "manifest.json").exists():
+            harvest(model, tokenizer, hook_name, documents_of(params), folder, key)
+        lock.release()
+    return open_rows(folder)
+
+
+def documents_of(params: dict):
+    """`read_documents` with a training run's parameters."""
+    return read_documents(
+        params["dataset_name"], params["dataset_config"], params["dataset_split"], params["text_column"], params["dataset_revision"]
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# SAE
+# ---------------------------------------------------------------------------------------------
+
+
+class SAE(nn.Module):
+    """The autoencoder of this module's first lines.
+
+    W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in), b_dec (d_in); float32 throughout.
+    Both biases start at zero, rows of W_dec as random unit vectors, W_enc as W_dec's transpose.
+    `mean` (d_in) and `norm_scale` (0: each token's own norm) are what activations are normalised by;
+    `density` and `max_act` (d_sae) are measured after training. `config` holds plain types only.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, *, seed: int = 0, norm_scale: float = 0.0, apply_b_dec_to_input: bool = False):
+        super().__init__()
+        rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(rows)
+        self.W_enc = nn.Parameter(rows.T.clone())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        for name, size in (("mean", d_in), ("density", d_sae), ("max_act", d_sae)):
+            self.register_buffer(name, torch.zeros(size), persistent=False)
+        self.norm_scale, self.apply_b_dec_to_input, self.config = norm_scale, apply_b_dec_to_input, {}
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw x (…, d_in) -> x_unit (…, d_in) and norm (…, 1), in float32."""
+        centred = x.float() - self.mean
+        norm = centred.norm(dim=-1, keepdim=True)
+        if self.norm_scale:
+            norm = torch.full_like(norm, self.norm_scale)
+        return centred / norm.clamp_min(1e-8), norm
+
+    def denormalise(self, x_unit: Tensor, norm: Tensor) -> Tensor:
+        return x_unit * norm + self.mean
+
+    def encode_unit(self, x_unit: Tensor) -> Tensor:
+        """acts (…, d_sae) of normalised activations."""
+        if self.apply_b_dec_to_input:
+            x_unit = x_unit - self.b_dec
+        return torch.relu(x_unit @ self.W_enc + self.b_enc)
+
+    def decode_unit(self, acts: Tensor) -> Tensor:
+        return acts @ self.W_dec + self.b_dec
+
+    def encode(self, x: Tensor) -> Tensor:
+        """acts (…, d_sae), in the SAE's normalised units, of raw activations x (…, d_in)."""
+        return self.encode_unit(self.normalise(x)[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw activations (…, d_in) -> their reconstruction, in the same units."""
+        x_unit, norm = self.normalise(x)
+        return self.denormalise(self.decode_unit(self.encode_unit(x_unit)), norm)
+
+    def save(self, path: str | Path) -> None:
+        """Writes sae.pth: plain types and tensors only, so that `weights_only=True` loads it."""
+        cpu = lambda t: t.detach().cpu().clone()  # noqa: E731
+        with atomic(path) as temporary:
+            torch.save({
+                "state_dict": {name: cpu(t) for name, t in self.state_dict().items()},
+                "activation_mean": cpu(self.mean), "norm_scale": self.norm_scale,
+                "density": cpu(self.density), "max_act": cpu(self.max_act),
+                "config": {**self.config, "apply_b_dec_to_input": self.apply_b_dec_to_input},
+                "format_version": FORMAT_VERSION,
+            }, temporary)  # fmt: skip
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> SAE:
+        """The SAE that `save` wrote."""
+        saved = torch.load(resolve(path), map_location="cpu", weights_only=True)
+        d_in, d_sae = saved["state_dict"]["W_enc"].shape
+        sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], apply_b_dec_to_input=saved["config"]["apply_b_dec_to_input"])
+        sae.load_state_dict(saved["state_dict"])
+        sae.mean, sae.density, sae.max_act = saved["activation_mean"], saved["density"], saved["max_act"]
+        sae.config = saved["config"]
+        return sae.to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training: what one step needs
+# ---------------------------------------------------------------------------------------------
+
+
+def activation_stats(activations: Tensor, index: Tensor, chunk: int = 65536) -> tuple[Tensor, Tensor]:
+    """(mean (d_in), norm (N,)): the mean over the rows `index`, in float64 inside; ‖x - mean‖ of every row."""
+    total = torch.zeros(activations.shape[1], dtype=torch.float64)
+    for part in index.split(chunk):
+        total += activations[part].double().sum(0)
+    mean = (total / len(index)).float()
+    norm = torch.cat([(part.float() - mean).norm(dim=1) for part in activations.split(chunk)])
+    return mean, norm
+
+
+def learning_rate(step: int, total_steps: int, lr: float, warmup_steps: int, lr_min_ratio: float, lr_decay_fraction: float) -> float:
+    """Linear from 0 over `warmup_steps`, a cosine to `lr_min_ratio * lr`, reached at
+    `lr_decay_fraction` of all steps, then held."""
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    decay_steps = max(1, round(total_steps * lr_decay_fraction) - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / decay_steps)
+    return lr * (lr_min_ratio + (1 - lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def sae_loss(sae: SAE, x_unit: Tensor, l1_coeff: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, mse, l1, acts) of normalised rows (batch, d_in).
+
+    mse: mean over tokens and d_in; l1: sum over latents, mean over tokens; loss = mse + l1_coeff * l1.
+    """
+    acts = sae.encode_unit(x_unit)
+    mse = (sae.decode_unit(acts) - x_unit).square().mean()
+    l1 = acts.sum(dim=-1).mean()
+    return mse + l1_coeff * l1, mse, l1, acts
+
+
+@torch.no_grad()
+def project_decoder_gradient(sae: SAE) -> None:
+    """Removes from each decoder row's gradient its component along the row, which only the
+    renormalisation would undo (and Adam's moments would still remember)."""
+    along = (sae.W_dec.grad * sae.W_dec).sum(dim=1, keepdim=True)
+    sae.W_dec.grad -= along * sae.W_dec
+
+
+@torch.no_grad()
+def renormalise_decoder(sae: SAE) -> None:
+    """Unit norm for every row of W_dec: L1 would otherwise be gamed by growing them."""
+    sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score_rows(sae: SAE, activations: Tensor, index: Tensor, chunk: int = 4096) -> dict:
+    """Figures of the SAE on the rows `index`, whatever the chunk size.
+
+    fvu: sum of squared error over sum of squared distance from these rows' mean, in the model's
+    units; mse, l1, l0: means over rows as in `sae_loss`; dead: fraction of latents silent on all
+    rows. Per latent, (d_sae): density, max_act, mean_act (mean over the rows where it fires).
+    """
+    device = sae.W_enc.device
+    double = partial(torch.zeros, dtype=torch.float64, device=device)
+    error, squares, shift, mse, l1 = double(()), double(()), double(sae.d_in), double(()), double(())
+    fired, total = double(sae.d_sae), double(sae.d_sae)
+    max_act = torch.zeros(sae.d_sae, device=device)
+    for part in index.split(chunk):
+        x = activations[part].to(device).float()
+        x_unit, norm = sae.normalise(x)
+        acts = sae.encode_unit(x_unit)
+        x_unit_hat = sae.decode_unit(acts)
+        error += (sae.denormalise(x_unit_hat, norm) - x).double().square().sum()
+        centred = x.double() - sae.mean  # near the rows' mean, so that the difference below is exact
+        squares += centred.square().sum()
+        shift += centred.sum(0)
+        mse += (x_unit_hat - x_unit).double().square().sum()
+        l1 += acts.double().sum()
+        fired += (acts > 0).sum(0)
+        total += acts.double().sum(0)
+        max_act = torch.maximum(max_act, acts.amax(0))
+    n = len(index)
+    variance = squares - shift.square().sum() / n
+    return {
+        "rows": n,
+        "fvu": (error / variance).item(),
+        "mse": (mse / (n * sae.d_in)).item(),
+        "l1": (l1 / n).item(),
+        "l0": (fired.sum() / n).item(),
+        "dead": (fired == 0).double().mean().item(),
+        "density": (fired / n).float().cpu(),
+        "max_act": max_act.cpu(),
+        "mean_act": (total / fired.clamp_min(1)).float().cpu(),
+    }
+
+
+def post_norm_name(model, hook_name: str) -> str:
+    """The norm between the hook and the residual stream (Gemma 3, OLMo 2), or "" where there is none."""
+    if ".mlp" not in hook_name:
+        return ""
+    name = hook_name.rsplit(".mlp", 1)[0] + ".post_feedforward_layernorm"
+    return name if name in dict(model.named_modules()) else ""
+
+
+@torch.inference_mode()
+def cross_entropies(model, tokenizer, hook_name: str, sae: SAE, windows: list[list[int]], mean: Tensor) -> dict:
+    """Next-token cross-entropies in nats over all tokens of the windows: untouched (ce_clean), with the
+    SAE's output in place of the activation (ce_spliced), with zero (ce_zero) and with `mean` (d_in)
+    (ce_mean) in its place; and kl, the mean KL(clean ‖ spliced). BOS and special positions keep
+    their activation in all of them. Where a norm follows the hook, ce_mean_post_norm has the mean
+    in place of that norm's output. ce_recovered: see `recovered`.
+    """
+    after = post_norm_name(model, hook_name)
+    arms = {
+        "ce_clean": lambda: _nothing(),
+        "ce_spliced": lambda: intervene(model, hook_name, sae, tokenizer, keep_error=False),
+        "ce_zero": lambda: edit_output(model, hook_name, torch.zeros_like, tokenizer),
+        "ce_mean": lambda: edit_output(model, hook_name, lambda x: mean.to(x).expand_as(x), tokenizer),
+    }
+    if after:
+        after_mean = mean_output(model, after, windows, tokenizer)
+        arms["ce_mean_post_norm"] = lambda: edit_output(model, after, lambda x: after_mean.to(x).expand_as(x), tokenizer)
+    sums, kl, count = dict.fromkeys(arms, 0.0), 0.0, 0
+    for batch in batches(windows, model):
+        ids, mask = pad(batch, device=model.device)
+        predicted = mask[:, 1:].bool()
+        for arm, context in arms.items():
+            with context():
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logprobs = logits[:, :-1][predicted].float().log_softmax(-1)  # (tokens, d_vocab)
+            sums[arm] -= logprobs.gather(1, ids[:, 1:][predicted][:, None]).double().sum().item()
+            if arm == "ce_clean":
+                clean = logprobs
+            elif arm == "ce_spliced":
+                kl += (clean.exp() * (clean - logprobs)).double().sum().item()
+        count += int(predicted.sum())
+    result = {arm: total / count for arm, total in sums.items()} | {"kl": kl / count, "ce_tokens": count}
+    result["ce_recovered"] = recovered(result["ce_clean"], result["ce_spliced"], result["ce_zero"])
+    worst_mean = result["ce_mean_post_norm" if after else "ce_mean"]
+    result["ce_recovered_mean"] = recovered(result["ce_clean"], result["ce_spliced"], worst_mean)
+    return result
+
+
+def recovered(clean: float, spliced: float, ablated: float) -> float | None:
+    """(ablated - spliced) / (ablated - clean); None where the layer matters less than 0.01 nats."""
+    return None if ablated - clean < 0.01 else (ablated - spliced) / (ablated - clean)
+
+
+def batches(windows: list[list[int]], model, most: int = 32):
+    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32)."""
+    longest = max(map(len, windows))
+    size = max(1, min(most, 2**27 // (longest * model.config.get_text_config().vocab_size)))
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
+
+
+def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) -> Tensor:
+    """Mean output (d,) of a module over the text tokens of the windows, in float64 inside."""
+    total, count, special, bos = 0.0, 0, set(special_ids(tokenizer)), tokenizer.bos_token_id
+    for batch in batches(windows, model):
+        out = run_to_hook(model, module_name, *pad(batch, device=model.device))
+        for row, window in enumerate(batch):
+            kept = out[row, text_positions(window, special, bos)]
+            total, count = total + kept.double().sum(0), count + len(kept)
+    return (total / count).float()
+
+
+# ---------------------------------------------------------------------------------------------
+# Editing latents while the model runs
+# ---------------------------------------------------------------------------------------------
+
+
+def _latents(ids, acts: Tensor) -> Tensor:
+    """Latent ids as an index tensor; UserError for one outside d_sae."""
+    ids = [ids] if isinstance(ids, int) else [int(i) for i in ids]
+    outside = [i for i in ids if not 0 <= i < acts.shape[-1]]
+    if outside:
+        raise UserError(f"latent {outside[0]} is outside this SAE: valid latents are 0 to {acts.shape[-1] - 1}.")
+    return torch.tensor(ids, dtype=torch.long, device=acts.device)
+
+
+def ablate(ids):
+    """A patch that silences the latents `ids`."""
+    return set_value(ids, 0.0)
+
+
+def amplify(ids, factor: float):
+    """A patch that multiplies the latents `ids` by `factor` where they fire."""
+
+    def patch(acts: Tensor) -> Tensor:
+        index = _latents(ids, acts)
+        return acts.index_copy(-1, index, acts[..., index] * factor)
+
+    return patch
+
+
+def set_value(ids, value):
+    """A patch that sets the latents `ids` to `value`: one number, or one for each of them."""
+
+    def patch(acts: Tensor) -> Tensor:
+        index = _latents(ids, acts)
+        values = torch.as_tensor(value, dtype=acts.dtype, device=acts.device)
+        return acts.index_copy(-1, index, values.expand(*acts.shape[:-1], len(index)).contiguous())
+
+    return patch
+
+
+def compose(*patches):
+    """One patch that applies the patches from left to right."""
+
+    def patch(acts: Tensor) -> Tensor:
+        for part in patches:
+            acts = part(acts)
+        return acts
+
+    return patch
+
+
+class TokenTracker:
+    """Knows, at each forward pass, which positions are text and which belong to the prompt.
+
+    A forward pre-hook on the model: it sees input_ids, attention_mask and the KV cache of every
+    call, so it holds through left padding and through generation token by token.
+    """
+
+    def __init__(self, tokenizer):
+        self.special, self.bos = special_ids(tokenizer), tokenizer.bos_token_id
+        self.text = self.index = self.prompt_length = None
+
+    def __call__(self, model, args, kwargs):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]  # (batch, seq)
+        mask = kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        if mask is None:
+            mask = torch.ones(len(ids), past + ids.shape[1], device=ids.device)
+        self.index = (mask.long().cumsum(1) - 1)[:, -ids.shape[1] :]  # place in the sequence, padding not counted
+        if past == 0:
+            self.prompt_length = mask.long().sum(1, keepdim=True)
+        self.text = mask[:, -ids.shape[1] :].bool() & ~torch.isin(ids, torch.tensor(self.special, device=ids.device))
+        if self.bos is None:
+            self.text &= self.index > 0
+
+    def where(self, scope) -> Tensor:
+        """(batch, seq) boolean: the text positions in `scope`.
+
+        "all", "prompt", "generated", "last" (the prompt's last token), or a list of places in the
+        sequence, BOS being 0 and negative ones counted from the prompt's end.
+        """
+        if scope == "all":
+            return self.text
+        if scope in ("prompt", "generated"):
+            in_prompt = self.index < self.prompt_length
+            return self.text & (in_prompt if scope == "prompt" else ~in_prompt)
+        places = [-1] if scope == "last" else scope
+        if isinstance(places, str):
+            raise UserError(f"scope must be all, prompt, generated, last or a list of positions, not {scope!r}.")
+        chosen = torch.zeros_like(self.text)
+        for place in places:
+            chosen |= self.index == (place if place >= 0 else self.prompt_length + place)
+        return self.text & chosen
+
+
+class SAEIntervenableMLP(nn.Module):
+    """Stands where the MLP (or another module with one output) stood: the original runs, then the SAE.
+
+    patch: any function acts -> acts; None: nothing is edited. With `keep_error` the output is the
+    module's own plus ((patched - acts) @ W_dec) * norm at the tokens where something changed, so an
+    empty patch is the identity bit for bit; without it the output is the plain reconstruction.
+    A bare wrapper edits every position; `intervene` gives it a tracker, so that BOS, padding and
+    what is outside `scope` are left alone. `mlp` is the original.
+    """
+
+    def __init__(self, mlp: nn.Module, sae: SAE, patch=None, *, keep_error: bool = True, scope="all", tracker: TokenTracker | None = None):
+        super().__init__()
+        self.mlp = mlp
+        object.__setattr__(self, "sae", sae)  # not a submodule: model.to(bfloat16) must not touch its float32
+        self.patch, self.keep_error, self.scope, self.tracker = patch, keep_error, scope, tracker
+
+    def forward(self, *args, **kwargs):
+        output = self.mlp(*args, **kwargs)
+        x = first_output(output)
+        edited = self.edit(x)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    def edit(self, x: Tensor) -> Tensor:
+        """The module's output x (batch, seq, d_in) with the SAE's edit, in x's dtype."""
+        if self.patch is None and self.keep_error:
+            return x
+        sae = self.sae.to(x.device)
+        x_unit, norm = sae.normalise(x)
+        acts = sae.encode_unit(x_unit)
+        patched = acts if self.patch is None else self.patch(acts)
+        if self.tracker:
+            patched = torch.where(self.tracker.where(self.scope)[..., None], patched, acts)
+        if not self.keep_error:
+            reconstruction = sae.denormalise(sae.decode_unit(patched), norm).to(x.dtype)
+            return torch.where(self.tracker.text[..., None], reconstruction, x) if self.tracker else reconstruction
+        changed = (patched != acts) & ~(patched.isnan() & acts.isnan())
+        delta = ((patched - acts) @ sae.W_dec) * norm
+        return torch.where(changed.any(-1, keepdim=True), x + delta.to(x.dtype), x)
+
+
+@contextmanager
+def intervene(model, hook_name: str, sae: SAE, tokenizer, patch=None, *, scope="all", keep_error: bool = True):
+    """Puts SAEIntervenableMLP in place of the hooked module, and the module back when the context ends."""
+    parent_name, _, child = hook_name.rpartition(".")
+    parent, original = model.get_submodule(parent_name), model.get_submodule(hook_name)
+    tracker = TokenTracker(tokenizer)
+    wrapper = SAEIntervenableMLP(original, sae, patch, keep_error=keep_error, scope=scope, tracker=tracker)
+    handle = model.register_forward_pre_hook(tracker, with_kwargs=True)
+    parent._modules[child] = wrapper
+    try:
+        yield wrapper
+    finally:
+        parent._modules[child] = original
+        handle.remove()
+
+
+@contextmanager
+def edit_output(model, module_name: str, edit, tokenizer):
+    """Replaces a module's output x by `edit(x)` at text tokens while the context lasts."""
+    tracker = TokenTracker(tokenizer)
+
+    def hook(module, args, output):
+        x = first_output(output)
+        x = torch.where(tracker.text[..., None], edit(x), x)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handles = [
+        model.register_forward_pre_hook(tracker, with_kwargs=True),
+        model.get_submodule(module_name).register_forward_hook(hook),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _nothing():
+    yield
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[list[int]]:
+    """New token ids for each prompt (token ids, BOS included), batched with left padding.
+
+    Greedy at temperature 0; else sampled, the same for the same seed. Ends before EOS.
+    """
+    import transformers
+
+    ids, mask = pad(prompts, side="left", device=model.device)
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    settings = transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or None,
+        top_k=None, top_p=None, pad_token_id=0, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    new = out[:, ids.shape[1] :].tolist()
+    return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
+
+
+@torch.inference_mode()
+def next_logprobs(model, prompts: list[list[int]]) -> Tensor:
+    """Log-probabilities (prompts, d_vocab) of the token after each prompt, float32 on the CPU."""
+    parts = []
+    for batch in batches(prompts, model):
+        ids, mask = pad(batch, side="left", device=model.device)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1]
+        parts.append(logits.float().log_softmax(-1).cpu())
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Looking: tokens as text, contexts
+# ---------------------------------------------------------------------------------------------
+
+
+class TokenText:
+    """Token ids as the text they add, leading space included: `text(id)`, `text(ids)`."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.known = tokenizer, {}
+        self.anchor = encode_text(tokenizer, ["a"])[0]
+        self.prefix = tokenizer.decode(self.anchor)
+
+    def __call__(self, token) -> str:
+        if not isinstance(token, int):
+            return "".join(self(int(t)) for t in token)
+        if token not in self.known:
+            together = self.tokenizer.decode([*self.anchor, token], clean_up_tokenization_spaces=False)
+            self.known[token] = together[len(self.prefix) :]
+        return self.known[token]
+
+
+def plot_text(text: str) -> str:
+    """Text that matplotlib shows as it is: `$` would start a formula, control characters a new line."""
+    return "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$")
+
+
+def shade(pieces: list[str], values, color: str = "255,140,0") -> str:
+    """HTML of tokens, shaded by non-negative values relative to the largest; every token escaped."""
+    top = max([float(v) for v in values] + [1e-9])
+    spans = (
+        f'<span style="background:rgba({color},{max(0.0, float(v)) / top:.2f})" title="{float(v):.3g}">{html.escape(piece)}</span>'
+        for piece, v in zip(pieces, values, strict=True)
+    )
+    return f'<span style="white-space:pre-wrap">{"".join(spans)}</span>'
+
+
+@torch.no_grad()
+def top_rows(sae: SAE, activations: Tensor, index: Tensor, k: int, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+    """(values, rows), both (d_sae, k): each latent's k largest activations among the rows `index`, and
+    which rows they are, largest first. Streams: no (N, d_sae) matrix is held. Value 0: no such row."""
+    values = torch.zeros(sae.d_sae, 0)
+    rows = torch.zeros(sae.d_sae, 0, dtype=torch.long)
+    for part in index.split(chunk):
+        acts = sae.encode(activations[part].to(sae.W_enc.device)).T.cpu()  # (d_sae, chunk)
+        best = acts.topk(min(k, len(part)), dim=1)
+        values, rows = torch.cat([values, best.values], 1), torch.cat([rows, part[best.indices]], 1)
+        kept = values.topk(min(k, values.shape[1]), dim=1)
+        values, rows = kept.values, rows.gather(1, kept.indices)
+    return values, rows
