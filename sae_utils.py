@@ -160,21 +160,21 @@ def check_params(notebook: str, given: dict) -> dict:
     return {name: p.checked(given.get(name, p.default)) for name, p in declared.items()}
 
 
-def run_name(params: dict, defaults: dict) -> str:
-    """`<model>-L<layer>` and what differs from the defaults; a digest where that would be long."""
-    model = Path(params["model_name"]).name
-    own = {"model_name", "layer", "run_dir", "device"}
+def differing(params: dict, notebook: str, without: set[str]) -> str:
+    """What differs from the notebook's defaults, in a few letters; a digest where that would be long."""
     parts = []
-    for name in sorted(set(params) - own):
-        if params[name] != defaults[name]:
-            value = params[name]
-            value = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem if value else "none"
-            parts.append(name.replace("_", "") + str(value))
-    suffix = "-".join(parts)
-    if len(suffix) > 60:
-        suffix = hashlib.sha256(suffix.encode()).hexdigest()[:8]
-    name = "-".join([model, f"L{params['layer']}"] + ([suffix] if suffix else []))
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    for name, default in declared_params(notebook).items():
+        value = params[name]
+        if name not in without and value != default.default:
+            short = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem if value else "none"
+            parts.append(name.replace("_", "") + short)
+    text = "-".join(parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:8] if len(text) > 60 else text
+
+
+def safe_name(*parts: str) -> str:
+    """The parts that are not empty as one file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(part for part in parts if part))
 
 
 def run_folder(params: dict) -> tuple[Path, bool]:
@@ -182,8 +182,9 @@ def run_folder(params: dict) -> tuple[Path, bool]:
 
     Raises UserError where the folder holds a run made with other parameters.
     """
-    defaults = {name: p.default for name, p in declared_params("sae_training").items()}
-    run_dir = resolve(params["run_dir"] or Path("runs") / run_name(params, defaults))
+    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "device"})
+    name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", suffix)
+    run_dir = resolve(params["run_dir"] or f"runs/{name}")
     refuse_other_params(run_dir / "params.json", params)
     return run_dir, (run_dir / ".done").exists()
 
@@ -212,9 +213,19 @@ def patch_folder(params: dict) -> tuple[Path, bool]:
     that name was made with other parameters.
     """
     run_dir = finished_run(params["run_dir"])
-    folder = run_dir / "patches" / re.sub(r"[^A-Za-z0-9._-]+", "_", params["name"] or "patch")
+    name = params["name"] or differing(params, "patch_neurons", {"name", "run_dir", "device"}) or "default"
+    folder = run_dir / "patches" / safe_name(name)
     refuse_other_params(folder / "params.json", params)
     return folder, (folder / ".done").exists()
+
+
+def start_patch(params: dict) -> Path:
+    """Claims the folder of a patching experiment, as `start_run` does for a training run."""
+    folder, finished = patch_folder(params)
+    if finished:
+        raise UserError(f"{show_path(folder)} is finished: look at patching.html there, or give this experiment another name.")
+    record_params(folder / "params.json", params)
+    return folder
 
 
 def finished_run(run_dir: str) -> Path:
@@ -339,12 +350,11 @@ def hub_errors(kind: str, name: str):
 
 def local_or_hub(name: str, kind: str) -> str:
     """An absolute path where `name` is a local file or folder, else the hub id. UserError if neither."""
-    if not name:
-        raise UserError(f"no {kind} is named.")
     if resolve(name).exists():
         return str(resolve(name))
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or name.startswith("runs/"):
-        raise UserError(f"{kind} {name}: there is no such file or folder, and it is no Hugging Face id.")
+        hint = " (`make tiny-model` builds it)" if name.startswith("runs/tiny") else ""
+        raise UserError(f"{kind} {name}: there is no such file or folder{hint}, and it is no Hugging Face id.")
     return name
 
 
@@ -972,12 +982,15 @@ def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) ->
 # ---------------------------------------------------------------------------------------------
 
 
+def check_latent(latent, d_sae: int) -> int:
+    """The latent's number. Raises UserError where it is no whole number from 0 to d_sae - 1."""
+    if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < d_sae:
+        raise UserError(f"latent {latent!r} is outside this SAE: valid latents are 0 to {d_sae - 1}.")
+    return latent
+
+
 def _latents(ids, acts: Tensor) -> Tensor:
-    """Latent ids as an index tensor; UserError for one outside d_sae."""
-    ids = [ids] if isinstance(ids, int) else [int(i) for i in ids]
-    outside = [i for i in ids if not 0 <= i < acts.shape[-1]]
-    if outside:
-        raise UserError(f"latent {outside[0]} is outside this SAE: valid latents are 0 to {acts.shape[-1] - 1}.")
+    ids = [check_latent(i, acts.shape[-1]) for i in ([ids] if isinstance(ids, int) else ids)]
     return torch.tensor(ids, dtype=torch.long, device=acts.device)
 
 
