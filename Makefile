@@ -97,5 +97,5 @@ smoke: $(READY) ## only the notebooks on the tiny model
 
 .PHONY: clean
 clean: ## delete what can be rebuilt: stored activations, the tiny model, Python's caches
-	rm -rf runs/activations runs/tiny-model runs/tiny-world runs/tiny_model .pytest_cache
+	rm -rf runs/activations runs/tiny-model runs/tiny-world .pytest_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -567,7 +567,7 @@ def first_output(output) -> Tensor:
 @torch.inference_mode()
 def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The hooked module's output, (batch, seq, d_in); no later layer, norm or head runs."""
-    caught = []
+    caught: list[Tensor] = []
 
     def stop(module, args, output):
         caught.append(first_output(output).detach())
@@ -580,7 +580,7 @@ def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor
         pass
     finally:
         handle.remove()
-    return caught[0]
+    return caught[0].reshape(*input_ids.shape, -1)  # OPT flattens batch and sequence inside its layers
 
 
 @dataclass
@@ -691,8 +691,8 @@ def open_rows(folder: Path) -> Rows:
     return Rows(rows, *columns, windows, arrays["window_document"].tolist())
 
 
-def get_rows(model, tokenizer, hook_name: str, params: dict, cache: Path | None = None) -> Rows:
-    """Rows from the cache shared by all runs, harvested first where they are not there yet.
+def get_rows(model, tokenizer, hook_name: str, params: dict, cache: Path) -> Rows:
+    """Rows from the folder `cache` that runs share, harvested first where they are not there yet.
 
     Two runs that want the same rows at once: one harvests, the other waits and says so.
     """
@@ -700,17 +700,18 @@ def get_rows(model, tokenizer, hook_name: str, params: dict, cache: Path | None 
 
     key = activation_key(params, hook_name, str(model.dtype).removeprefix("torch."))
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = (cache or ROOT / "runs" / "activations") / digest
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = cache / digest
+    cache.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(str(folder) + ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         print(f"another run is harvesting {show_path(folder)}: waiting for it")
         lock.acquire()
-    with lock:
+    try:
         if not (folder / "manifest.json").exists():
             harvest(model, tokenizer, hook_name, documents_of(params), folder, key)
+    finally:
         lock.release()
     return open_rows(folder)
 
@@ -1076,6 +1077,11 @@ class TokenTracker:
         return self.text & chosen
 
 
+def at(positions: Tensor, x: Tensor) -> Tensor:
+    """A mask over (batch, seq) that broadcasts over x, also where a model flattens the two (OPT)."""
+    return positions.reshape(*x.shape[:-1], 1)
+
+
 class SAEIntervenableMLP(nn.Module):
     """Stands where the MLP (or another module with one output) stood: the original runs, then the SAE.
 
@@ -1107,10 +1113,10 @@ class SAEIntervenableMLP(nn.Module):
         acts = sae.encode_unit(x_unit)
         patched = acts if self.patch is None else self.patch(acts)
         if self.tracker:
-            patched = torch.where(self.tracker.where(self.scope)[..., None], patched, acts)
+            patched = torch.where(at(self.tracker.where(self.scope), x), patched, acts)
         if not self.keep_error:
             reconstruction = sae.denormalise(sae.decode_unit(patched), norm).to(x.dtype)
-            return torch.where(self.tracker.text[..., None], reconstruction, x) if self.tracker else reconstruction
+            return torch.where(at(self.tracker.text, x), reconstruction, x) if self.tracker else reconstruction
         changed = (patched != acts) & ~(patched.isnan() & acts.isnan())
         delta = ((patched - acts) @ sae.W_dec) * norm
         return torch.where(changed.any(-1, keepdim=True), x + delta.to(x.dtype), x)
@@ -1139,7 +1145,7 @@ def edit_output(model, module_name: str, edit, tokenizer):
 
     def hook(module, args, output):
         x = first_output(output)
-        x = torch.where(tracker.text[..., None], edit(x), x)
+        x = torch.where(at(tracker.text, x), edit(x), x)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     handles = [

@@ -19,7 +19,12 @@ import papermill.cli
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sae_utils
 
-FOLDERS = {"sae_training": sae_utils.run_folder, "patch_neurons": sae_utils.patch_folder}
+# Where a notebook's executed copy goes, and whether what it makes is finished already.
+FOLDERS = {
+    "sae_training": sae_utils.run_folder,
+    "patch_neurons": sae_utils.patch_folder,
+    "tiny_model": lambda params: (sae_utils.resolve(params["world_dir"]), False),
+}
 
 
 def given_params(notebook: Path, flags: list[str]) -> dict:
@@ -40,7 +45,7 @@ def launch(name: str, flags: list[str]) -> Path:
     """
     source = sae_utils.ROOT / "notebooks" / f"{name}.ipynb"
     params = sae_utils.check_params(name, given_params(source, flags))
-    folder, finished = FOLDERS[name](params) if name in FOLDERS else (sae_utils.ROOT / "runs" / name, False)
+    folder, finished = FOLDERS[name](params)
     if finished:
         print(f"{sae_utils.show_path(folder)} is finished: nothing to do.")
         return folder

@@ -1,0 +1,121 @@
+"""The autoencoder, its loss and gradient, and what a training step needs."""
+
+import pytest
+import torch
+
+import sae_utils as u
+
+
+def test_encode_and_decode_are_the_equations(sae):
+    x = torch.randn(5, 3, 16) * 7
+    centred = x.double() - sae.mean.double()
+    norm = centred.norm(dim=-1, keepdim=True)
+    acts = torch.relu(centred / norm @ sae.W_enc.double() + sae.b_enc.double())
+    x_hat = (acts @ sae.W_dec.double() + sae.b_dec.double()) * norm + sae.mean.double()
+    torch.testing.assert_close(sae.encode(x).double(), acts, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae(x).double(), x_hat, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm_scale", [0.0, 3.7])
+def test_normalise_and_back(sae, norm_scale):
+    sae.norm_scale = norm_scale
+    x = torch.randn(50, 16) * 5 + 2
+    x_unit, norm = sae.normalise(x)
+    if norm_scale:
+        assert (norm == norm_scale).all()
+    else:
+        torch.testing.assert_close(x_unit.norm(dim=1), torch.ones(50))
+    torch.testing.assert_close(sae.denormalise(x_unit, norm), x, rtol=1e-5, atol=1e-5)
+
+
+def test_normalise_computes_in_float32(sae):
+    x = torch.randn(9, 16).bfloat16()
+    x_unit, norm = sae.normalise(x)
+    assert x_unit.dtype == norm.dtype == torch.float32
+    assert torch.equal(x_unit, sae.normalise(x.float())[0])
+
+
+def test_starts_tied_with_unit_rows_and_zero_biases():
+    sae = u.SAE(16, 128, seed=3)
+    assert torch.equal(sae.W_enc, sae.W_dec.T) and not sae.b_enc.any() and not sae.b_dec.any()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(128))
+    assert torch.equal(u.SAE(16, 128, seed=3).W_dec, sae.W_dec) and not torch.equal(u.SAE(16, 128, seed=4).W_dec, sae.W_dec)
+
+
+def test_loss_by_hand():
+    sae = u.SAE(2, 2)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(2))
+        sae.W_dec.copy_(torch.eye(2))
+        sae.b_enc.copy_(torch.tensor([0.0, -1.0]))
+        sae.b_dec.copy_(torch.tensor([0.0, 0.5]))
+    x = torch.tensor([[1.0, 3.0], [-2.0, 0.5]])
+    # acts [[1, 2], [0, 0]]; reconstructions [[1, 2.5], [0, 0.5]]; squared errors 0.25 and 4, over 4 numbers
+    loss, mse, l1, acts = u.sae_loss(sae, x, l1_coeff=0.1)
+    assert acts.tolist() == [[1, 2], [0, 0]]
+    assert mse.item() == pytest.approx(4.25 / 4) and l1.item() == pytest.approx(1.5) and loss.item() == pytest.approx(4.25 / 4 + 0.15)
+
+
+def test_gradient_against_float64_by_hand(sae):
+    sae.requires_grad_(True)
+    x, coeff = torch.nn.functional.normalize(torch.randn(30, 16), dim=1), 0.02
+    u.sae_loss(sae, x, coeff)[0].backward()
+    X, W_enc, W_dec = x.double(), sae.W_enc.detach().double(), sae.W_dec.detach().double()
+    pre = X @ W_enc + sae.b_enc.detach().double()
+    acts = pre.relu()
+    residual = 2 * (acts @ W_dec + sae.b_dec.detach().double() - X) / X.numel()
+    d_pre = (residual @ W_dec.T + coeff / len(X)) * (pre > 0)
+    for name, expected in {"W_dec": acts.T @ residual, "b_dec": residual.sum(0), "W_enc": X.T @ d_pre, "b_enc": d_pre.sum(0)}.items():
+        torch.testing.assert_close(getattr(sae, name).grad.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_step_keeps_decoder_rows_at_unit_norm(sae):
+    sae.requires_grad_(True)
+    u.renormalise_decoder(sae)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        u.sae_loss(sae, torch.randn(20, 16), 0.01)[0].backward()
+        before = sae.W_dec.grad.clone()
+        u.project_decoder_gradient(sae)
+        torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(48), atol=1e-7, rtol=0)
+        assert (before * sae.W_dec).sum(1).abs().max() > 1e-6  # there was something to remove
+        optimizer.step()
+        assert (sae.W_dec.norm(dim=1) - 1).abs().max() > 1e-4
+        u.renormalise_decoder(sae)
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-6, rtol=0)
+
+
+def test_learning_rate_at_its_corners():
+    rate = lambda step: u.learning_rate(step, 10_000, 3e-3, 500, 0.5, 0.8)  # noqa: E731
+    assert rate(0) == 0 and rate(250) == pytest.approx(1.5e-3) and rate(500) == pytest.approx(3e-3)
+    assert rate(4250) == pytest.approx(0.75 * 3e-3)  # half of the cosine
+    assert rate(8000) == pytest.approx(1.5e-3) and rate(7999) > 1.5e-3
+    assert rate(9999) == pytest.approx(1.5e-3)
+    assert u.learning_rate(0, 10, 1.0, 0, 0.5, 0.8) == 1.0  # no warm-up
+    assert u.learning_rate(10, 20, 1.0, 500, 0.5, 0.8) == pytest.approx(0.02)  # a run shorter than its warm-up
+
+
+def test_activation_stats_in_chunks_of_unequal_size():
+    x, index = (torch.randn(1000, 16) * 3 + 10).bfloat16(), torch.randperm(1000)[:700]
+    mean, norm = u.activation_stats(x, index, chunk=64)
+    expected = x[index].double().mean(0)
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.double(), (x.double() - expected).norm(dim=1), rtol=1e-5, atol=0)
+
+
+def test_saved_sae_loads_the_same_with_plain_types_only(sae, tmp_path):
+    sae.config, sae.norm_scale = {"model_name": "m", "layer": 3}, 2.5
+    sae.density.uniform_()
+    sae.save(tmp_path / "sae.pth")
+    saved = torch.load(tmp_path / "sae.pth", weights_only=True)
+    assert set(saved["state_dict"]) == {"W_enc", "b_enc", "W_dec", "b_dec"} and torch.equal(saved["activation_mean"], sae.mean)
+    again, x = u.SAE.load(tmp_path / "sae.pth"), torch.randn(7, 16)
+    assert torch.equal(again(x), sae(x)) and torch.equal(again.density, sae.density) and again.config["layer"] == 3
+    assert [f.name for f in tmp_path.iterdir()] == ["sae.pth"]
+
+
+def test_apply_b_dec_to_input(sae):
+    sae.apply_b_dec_to_input = True
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(sae.encode_unit(x), torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc))
