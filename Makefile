@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-LAUNCH := $(PY) notebooks/launch.py
+LAUNCH := $(PY) notebooks/experiment.py
 
 # Words for the common parameters; P takes any other, as papermill flags.
 PARAMS ?=
@@ -15,10 +15,11 @@ P ?=
 NAMED = $(if $(MODEL),-p model_name '$(MODEL)') $(if $(DATASET),-p dataset_name '$(DATASET)') \
 	$(if $(LAYER),-p layer '$(LAYER)') $(if $(SEED),-p seed '$(SEED)') $(if $(RUN),-p run_dir 'runs/$(RUN)')
 
-# Several runs side by side (make -j2 sweep) share the cores; torch's own default collapses then.
+# Half of the logical cores, shared among the jobs of make -j: torch's own default, all of them, collapses
+# as soon as anything else runs.
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 JOBS = $(or $(patsubst -j%,%,$(filter-out -j,$(filter -j%,$(MAKEFLAGS)))),1)
-export OMP_NUM_THREADS ?= $(shell n=$$(( $(CORES) / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
+export OMP_NUM_THREADS ?= $(shell n=$$(( ($(CORES) + 1) / 2 / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
 export TOKENIZERS_PARALLELISM ?= false
 export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
 

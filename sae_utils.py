@@ -5,17 +5,15 @@
     x_unit_hat = acts @ W_dec + b_dec                  rows of W_dec have unit norm
     x_hat      = x_unit_hat * norm + mean
 
-Sections, in the order the data flows: run, model, text, activations, SAE, training, metrics,
-editing, looking, launching. Importing this module does nothing else.
+Sections, in the order the data flows: small things, model, text, activations, SAE, training,
+metrics, editing, looking. Importing this module does nothing else.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import hashlib
 import html
-import importlib.metadata
 import itertools
 import json
 import math
@@ -23,10 +21,8 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +44,7 @@ class UserError(Exception):
 
 
 # ---------------------------------------------------------------------------------------------
-# Run: parameters, the run's folder, files
+# Small things: mistakes, paths, files, devices, progress
 # ---------------------------------------------------------------------------------------------
 
 
@@ -84,194 +80,9 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
 
 
-@dataclass
-class Param:
-    """One line of a notebook's parameters cell: `name: type = default  # help [allowed]`."""
-
-    name: str
-    type: str
-    default: object
-    help: str
-    allowed: str  # "", "from 1", "above 0", "0 to 1" or "relu | topk"; no "=", papermill trips over it
-
-    def checked(self, value):
-        """The value in the declared type; words such as 'false' or '1e-4' that papermill or YAML
-        leave as text are converted. Raises UserError for a wrong type or range."""
-        if self.type == "bool" and str(value).lower() in ("true", "false"):
-            value = str(value).lower() == "true"
-        elif self.type == "float" and not isinstance(value, bool):
-            try:
-                value = float(value)
-            except (TypeError, ValueError):
-                pass
-        elif self.type == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        wrong_type = type(value).__name__ != self.type
-        if wrong_type or (isinstance(value, float) and not math.isfinite(value)) or not self._in_range(value):
-            expected = {"str": "text", "int": "a whole number", "float": "a number"}.get(self.type, f"a {self.type}")
-            bounds = f" ({self.allowed})" if self.allowed else ""
-            raise UserError(f"parameter {self.name} must be {expected}{bounds}, not {value!r}.")
-        return value
-
-    def _in_range(self, value) -> bool:
-        words = self.allowed.split()
-        if words[:1] == ["from"]:
-            return value >= float(words[1])
-        if words[:1] == ["above"]:
-            return value > float(words[1])
-        if words[1:2] == ["to"]:
-            return float(words[0]) <= value <= float(words[2])
-        return not words or value in words[::2]
-
-
-def declared_params(notebook: str) -> dict[str, Param]:
-    """What the parameters cell of `notebooks/<notebook>.ipynb` declares, read from the file itself."""
-    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
-    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
-    lines = source.splitlines()
-    declared = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign):
-            comment = lines[node.end_lineno - 1].partition("  # ")[2].strip()
-            allowed = re.search(r"\[([^\[\]]+)\]$", comment)
-            declared[node.target.id] = Param(
-                node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value),
-                comment, allowed.group(1) if allowed else "",
-            )  # fmt: skip
-    return declared
-
-
-def check_params(notebook: str, given: dict) -> dict:
-    """All parameters of the notebook, defaults filled in, checked by name, type and range.
-
-    `given` is a plain dict, or the notebook's globals(): then the names come from the cell that
-    papermill injected, since by itself papermill accepts a misspelt name. Raises UserError.
-    """
-    declared = declared_params(notebook)
-    names = given.keys()
-    if "In" in given:  # a running notebook: look at the sources of the cells executed so far
-        injected = [cell for cell in given["In"] if cell.startswith("# Parameters\n")]
-        names = [node.targets[0].id for cell in injected for node in ast.parse(cell).body]
-    for name in names:
-        if name not in declared:
-            near = difflib.get_close_matches(name, declared, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]}?" if near else f" It has: {', '.join(declared)}."
-            raise UserError(f"{notebook} has no parameter {name}.{hint}")
-    return {name: p.checked(given.get(name, p.default)) for name, p in declared.items()}
-
-
-def differing(params: dict, notebook: str, without: set[str]) -> str:
-    """What differs from the notebook's defaults, in a few letters; a digest where that would be long."""
-    parts = []
-    for name, default in declared_params(notebook).items():
-        value = params[name]
-        if name not in without and value != default.default:
-            short = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem if value else "none"
-            parts.append(name.replace("_", "") + short)
-    text = "-".join(parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:8] if len(text) > 60 else text
-
-
-def safe_name(*parts: str) -> str:
-    """The parts that are not empty as one file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(part for part in parts if part))
-
-
-def run_folder(params: dict) -> tuple[Path, bool]:
-    """The folder of a training run and whether that run is finished.
-
-    Raises UserError where the folder holds a run made with other parameters.
-    """
-    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "device"})
-    name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", suffix)
-    run_dir = resolve(params["run_dir"] or f"runs/{name}")
-    refuse_other_params(run_dir / "params.json", params)
-    return run_dir, (run_dir / ".done").exists()
-
-
-def start_run(params: dict) -> Path:
-    """Claims the folder of a training run and writes params.json there; returns the folder.
-
-    What an unfinished run with the same parameters left is started again. UserError if finished.
-    """
-    run_dir, finished = run_folder(params)
-    if finished:
-        raise UserError(
-            f"{show_path(run_dir)} is finished: open the sae_training.ipynb there, or change a parameter to start another run."
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
-        stale.unlink()
-    record_params(run_dir / "params.json", params)
-    return run_dir
-
-
-def patch_folder(params: dict) -> tuple[Path, bool]:
-    """The folder of a patching experiment, `<run>/patches/<name>/`, and whether it is finished.
-
-    Raises UserError where the run does not exist or is not finished, or where an experiment of
-    that name was made with other parameters.
-    """
-    run_dir = finished_run(params["run_dir"])
-    name = params["name"] or differing(params, "patch_neurons", {"name", "run_dir", "device"}) or "default"
-    folder = run_dir / "patches" / safe_name(name)
-    refuse_other_params(folder / "params.json", params)
-    return folder, (folder / ".done").exists()
-
-
-def start_patch(params: dict) -> Path:
-    """Claims the folder of a patching experiment, as `start_run` does for a training run."""
-    folder, finished = patch_folder(params)
-    if finished:
-        raise UserError(f"{show_path(folder)} is finished: look at patching.html there, or give this experiment another name.")
-    record_params(folder / "params.json", params)
-    return folder
-
-
-def finished_run(run_dir: str) -> Path:
-    """The folder of a finished training run. Raises UserError where there is none."""
-    folder = resolve(run_dir) if run_dir else ROOT / "runs"
-    if not run_dir or not folder.is_dir():
-        known = sorted(f.parent.name for f in (ROOT / "runs").glob("*/.done"))
-        raise UserError(f"there is no run {show_path(folder)}; finished runs: {', '.join(known) or 'none yet, try `make demo`'}.")
-    if not (folder / ".done").exists():
-        raise UserError(f"{show_path(folder)} is not finished: train it with the same `make train` command first.")
-    return folder
-
-
-def refuse_other_params(file: Path, params: dict) -> None:
-    """Raises UserError if `file` records an experiment with other parameters than these."""
-    if not file.exists():
-        return
-    before = json.loads(file.read_text())["parameters"]
-    free = {"run_dir", "device", "name"}  # where and on what it runs does not change what it is
-    different = [
-        f"{name} was {before.get(name)!r}, now {params.get(name)!r}"
-        for name in sorted((set(before) | set(params)) - free)
-        if before.get(name) != params.get(name)
-    ]
-    if different:
-        raise UserError(
-            f"{show_path(file.parent)} already holds a run with other parameters ({'; '.join(different)}): "
-            "give this one another name, or delete that folder."
-        )
-
-
 def show_path(path: Path) -> str:
     """The path as a reader would type it: relative to the repository root where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def record_params(file: Path, params: dict, **more) -> None:
-    """Writes params.json: the parameters as resolved, package versions, git commit."""
-    packages = ("torch", "transformers", "datasets", "numpy", "papermill")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    write_json(file, {
-        "parameters": params,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": git.stdout.strip() or None,
-        **more,
-    })  # fmt: skip
 
 
 def pick_device(name: str = "") -> str:
@@ -330,7 +141,7 @@ def hub_errors(kind: str, name: str):
     """Turns what the Hugging Face libraries raise for `name` into one sentence that says what to do."""
     try:
         yield
-    except (OSError, ValueError, ConnectionError) as error:
+    except Exception as error:  # the libraries raise a dozen kinds; whatever it is, loading `name` failed
         chain, text = error, ""
         while chain is not None:
             text, chain = text + f" {type(chain).__name__}: {chain}", chain.__cause__ or chain.__context__
@@ -403,7 +214,7 @@ def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: 
     if info["missing_keys"]:
         raise UserError(
             f"the checkpoint of {model_name} lacks {len(info['missing_keys'])} weights of this architecture "
-            f"(such as {sorted(info['missing_keys'])[0]}): they would be random, so it is refused."
+            f"(such as {min(info['missing_keys'])}): they would be random, so it is refused."
         )
     return model.to(device).eval().requires_grad_(False), tokenizer
 
@@ -788,7 +599,7 @@ class SAE(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Writes sae.pth: plain types and tensors only, so that `weights_only=True` loads it."""
-        cpu = lambda t: t.detach().cpu().clone()  # noqa: E731
+        cpu = lambda t: t.detach().cpu().clone()
         with atomic(path) as temporary:
             torch.save({
                 "state_dict": {name: cpu(t) for name, t in self.state_dict().items()},
@@ -925,7 +736,7 @@ def cross_entropies(model, tokenizer, hook_name: str, sae: SAE, windows: list[li
     """
     after = post_norm_name(model, hook_name)
     arms = {
-        "ce_clean": lambda: _nothing(),
+        "ce_clean": nullcontext,
         "ce_spliced": lambda: intervene(model, hook_name, sae, tokenizer, keep_error=False),
         "ce_zero": lambda: edit_output(model, hook_name, torch.zeros_like, tokenizer),
         "ce_mean": lambda: edit_output(model, hook_name, lambda x: mean.to(x).expand_as(x), tokenizer),
@@ -1157,11 +968,6 @@ def edit_output(model, module_name: str, edit, tokenizer):
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _nothing():
-    yield
 
 
 @torch.inference_mode()

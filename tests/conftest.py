@@ -15,6 +15,7 @@ import tokenizers
 import torch
 import transformers
 
+import experiment
 import sae_utils
 
 WORDS = "the a cat dog bird red blue big small sees likes has and not here there . ? one two".split()
@@ -87,4 +88,4 @@ def training_params(folder: Path, **changes) -> dict:
     """Parameters of a small run on `folder`."""
     given = {"model_name": str(folder / "model"), "dataset_name": str(folder / "text.jsonl"), "layer": 1, "n_activations": 1500}
     given |= {"seq_len": 16, "activation_dtype": "float32", "run_dir": str(folder / "runs" / "one"), "l1_coeff": 0.02}
-    return sae_utils.check_params("sae_training", given | changes)
+    return experiment.check_params("sae_training", given | changes)

@@ -99,15 +99,14 @@ class _never_ending:
 def test_where_each_scope_lands(model, tokenizer, sae):
     prompts = [[3, 5, 6, 7, 8], [3, 9, 10]]  # BOS is 3; the second is padded on the left by two
     all_prompt = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
-    generated = lambda step: [(0, 5 + step), (1, 3 + step)]  # noqa: E731
-    ordinary = lambda places: [p for p in places]  # noqa: E731
+    generated = lambda step: [(0, 5 + step), (1, 3 + step)]
     everywhere = edited_positions(model, tokenizer, sae, "all", prompts)
     assert everywhere[0] == all_prompt and len(everywhere) == 4
     for step, places in enumerate(everywhere[1:]):
         assert set(places) <= set(generated(step))  # a generated special token is not edited
     assert edited_positions(model, tokenizer, sae, "prompt", prompts) == [all_prompt, [], [], []]
     only_generated = edited_positions(model, tokenizer, sae, "generated", prompts)
-    assert only_generated[0] == [] and ordinary(only_generated[1:]) != [[], [], []]
+    assert only_generated[0] == [] and only_generated[1:] != [[], [], []]
     assert edited_positions(model, tokenizer, sae, "last", prompts) == [[(0, 4), (1, 2)], [], [], []]
     assert edited_positions(model, tokenizer, sae, [0, 1, -1], prompts)[0] == [(0, 1), (0, 4), (1, 1), (1, 2)]
 
@@ -126,7 +125,7 @@ def test_batched_patched_generation_equals_single(model, tokenizer, sae):
 
 def test_sampling_repeats_with_its_seed(model, tokenizer):
     prompts = [[3, 5, 6, 7]]
-    draw = lambda seed: u.generate(model, tokenizer, prompts, 12, temperature=1.5, seed=seed)  # noqa: E731
+    draw = lambda seed: u.generate(model, tokenizer, prompts, 12, temperature=1.5, seed=seed)
     state = torch.random.get_rng_state()
     assert draw(1) == draw(1) and len({str(draw(s)) for s in range(6)}) > 1
     assert torch.equal(state, torch.random.get_rng_state())

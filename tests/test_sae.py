@@ -87,7 +87,7 @@ def test_step_keeps_decoder_rows_at_unit_norm(sae):
 
 
 def test_learning_rate_at_its_corners():
-    rate = lambda step: u.learning_rate(step, 10_000, 3e-3, 500, 0.5, 0.8)  # noqa: E731
+    rate = lambda step: u.learning_rate(step, 10_000, 3e-3, 500, 0.5, 0.8)
     assert rate(0) == 0 and rate(250) == pytest.approx(1.5e-3) and rate(500) == pytest.approx(3e-3)
     assert rate(4250) == pytest.approx(0.75 * 3e-3)  # half of the cosine
     assert rate(8000) == pytest.approx(1.5e-3) and rate(7999) > 1.5e-3

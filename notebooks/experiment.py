@@ -1,0 +1,294 @@
+"""A notebook's run: its parameters, its folder, and executing it headless.
+
+    python notebooks/experiment.py NOTEBOOK [papermill flags]
+
+is what `make train` and `make patch` call. papermill executes whatever it is given and writes over
+what is there; so parameters are checked and the run's folder is looked at first, in a second and
+with one sentence for a mistake. The notebooks make the same checks in their first cells.
+"""
+
+import ast
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sae_utils
+
+
+@dataclass
+class Param:
+    """One line of a notebook's parameters cell: `name: type = default  # help [allowed]`."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+    allowed: str  # "", "from 1", "above 0", "0 to 1" or "relu | topk"; no "=", papermill trips over it
+
+    def checked(self, value):
+        """The value in the declared type; words such as 'false' or '1e-4' that papermill or YAML
+        leave as text are converted. Raises UserError for a wrong type or range."""
+        if self.type == "bool" and str(value).lower() in ("true", "false"):
+            value = str(value).lower() == "true"
+        elif self.type == "float" and not isinstance(value, bool):
+            try:
+                value = float(value)
+            except (TypeError, ValueError):
+                pass
+        elif self.type == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        wrong_type = type(value).__name__ != self.type
+        if wrong_type or (isinstance(value, float) and not math.isfinite(value)) or not self._in_range(value):
+            expected = {"str": "text", "int": "a whole number", "float": "a number"}.get(self.type, f"a {self.type}")
+            bounds = f" ({self.allowed})" if self.allowed else ""
+            raise sae_utils.UserError(f"parameter {self.name} must be {expected}{bounds}, not {value!r}.")
+        return value
+
+    def _in_range(self, value) -> bool:
+        words = self.allowed.split()
+        if words[:1] == ["from"]:
+            return value >= float(words[1])
+        if words[:1] == ["above"]:
+            return value > float(words[1])
+        if words[1:2] == ["to"]:
+            return float(words[0]) <= value <= float(words[2])
+        return not words or value in words[::2]
+
+
+def declared_params(notebook: str) -> dict[str, Param]:
+    """What the parameters cell of `notebooks/<notebook>.ipynb` declares, read from the file itself."""
+    cells = json.loads((sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+    source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    lines = source.splitlines()
+    declared = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign):
+            comment = lines[node.end_lineno - 1].partition("  # ")[2].strip()
+            allowed = re.search(r"\[([^\[\]]+)\]$", comment)
+            declared[node.target.id] = Param(
+                node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value),
+                comment, allowed.group(1) if allowed else "",
+            )  # fmt: skip
+    return declared
+
+
+def check_params(notebook: str, given: dict) -> dict:
+    """All parameters of the notebook, defaults filled in, checked by name, type and range.
+
+    `given` is a plain dict, or the notebook's globals(): then the names come from the cell that
+    papermill injected, since by itself papermill accepts a misspelt name. Raises UserError.
+    """
+    declared = declared_params(notebook)
+    names = given.keys()
+    if "In" in given:  # a running notebook: look at the sources of the cells executed so far
+        injected = [cell for cell in given["In"] if cell.startswith("# Parameters\n")]
+        names = [node.targets[0].id for cell in injected for node in ast.parse(cell).body]
+    for name in names:
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]}?" if near else f" It has: {', '.join(declared)}."
+            raise sae_utils.UserError(f"{notebook} has no parameter {name}.{hint}")
+    return {name: p.checked(given.get(name, p.default)) for name, p in declared.items()}
+
+
+def differing(params: dict, notebook: str, without: set[str]) -> str:
+    """What differs from the notebook's defaults, in a few letters; a digest where that would be long."""
+    parts = []
+    for name, default in declared_params(notebook).items():
+        value = params[name]
+        if name not in without and value != default.default:
+            short = f"{value:g}" if isinstance(value, float) else Path(str(value)).stem if value else "none"
+            parts.append(name.replace("_", "") + short)
+    text = "-".join(parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:8] if len(text) > 60 else text
+
+
+def safe_name(*parts: str) -> str:
+    """The parts that are not empty as one file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(part for part in parts if part))
+
+
+def run_folder(params: dict) -> tuple[Path, bool]:
+    """The folder of a training run and whether that run is finished.
+
+    Raises UserError where the folder holds a run made with other parameters.
+    """
+    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "device"})
+    name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", suffix)
+    run_dir = sae_utils.resolve(params["run_dir"] or f"runs/{name}")
+    refuse_other_params(run_dir / "params.json", params)
+    return run_dir, (run_dir / ".done").exists()
+
+
+def start_run(params: dict) -> Path:
+    """Claims the folder of a training run and writes params.json there; returns the folder.
+
+    What an unfinished run with the same parameters left is started again. UserError if finished.
+    """
+    run_dir, finished = run_folder(params)
+    if finished:
+        raise sae_utils.UserError(
+            f"{sae_utils.show_path(run_dir)} is finished: open the sae_training.ipynb there, or change a parameter to start another run."
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
+        stale.unlink()
+    record_params(run_dir / "params.json", params)
+    return run_dir
+
+
+def patch_folder(params: dict) -> tuple[Path, bool]:
+    """The folder of a patching experiment, `<run>/patches/<name>/`, and whether it is finished.
+
+    Raises UserError where the run does not exist or is not finished, or where an experiment of
+    that name was made with other parameters.
+    """
+    run_dir = finished_run(params["run_dir"])
+    name = params["name"] or differing(params, "patch_neurons", {"name", "run_dir", "device"}) or "default"
+    folder = run_dir / "patches" / safe_name(name)
+    refuse_other_params(folder / "params.json", params)
+    return folder, (folder / ".done").exists()
+
+
+def start_patch(params: dict) -> Path:
+    """Claims the folder of a patching experiment, as `start_run` does for a training run."""
+    folder, finished = patch_folder(params)
+    if finished:
+        raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is finished: look at patching.html there, or give this experiment another name.")
+    record_params(folder / "params.json", params)
+    return folder
+
+
+def finished_run(run_dir: str) -> Path:
+    """The folder of a finished training run. Raises UserError where there is none."""
+    folder = sae_utils.resolve(run_dir) if run_dir else sae_utils.ROOT / "runs"
+    if not run_dir or not folder.is_dir():
+        known = sorted(f.parent.name for f in (sae_utils.ROOT / "runs").glob("*/.done"))
+        raise sae_utils.UserError(f"there is no run {sae_utils.show_path(folder)}; finished runs: {', '.join(known) or 'none yet, try `make demo`'}.")
+    if not (folder / ".done").exists():
+        raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is not finished: train it with the same `make train` command first.")
+    return folder
+
+
+def refuse_other_params(file: Path, params: dict) -> None:
+    """Raises UserError if `file` records an experiment with other parameters than these."""
+    if not file.exists():
+        return
+    before = json.loads(file.read_text())["parameters"]
+    free = {"run_dir", "device", "name"}  # where and on what it runs does not change what it is
+    different = [
+        f"{name} was {before.get(name)!r}, now {params.get(name)!r}"
+        for name in sorted((set(before) | set(params)) - free)
+        if before.get(name) != params.get(name)
+    ]
+    if different:
+        raise sae_utils.UserError(
+            f"{sae_utils.show_path(file.parent)} already holds a run with other parameters ({'; '.join(different)}): "
+            "give this one another name, or delete that folder."
+        )
+
+
+def record_params(file: Path, params: dict, **more) -> None:
+    """Writes params.json: the parameters as resolved, package versions, git commit."""
+    packages = ("torch", "transformers", "datasets", "numpy", "papermill")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=sae_utils.ROOT, capture_output=True, text=True, check=False)
+    sae_utils.write_json(file, {
+        "parameters": params,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": git.stdout.strip() or None,
+        **more,
+    })  # fmt: skip
+
+
+# Where a notebook's executed copy goes, and whether what it makes is finished already.
+FOLDERS = {
+    "sae_training": run_folder,
+    "patch_neurons": patch_folder,
+    "tiny_model": lambda params: (sae_utils.resolve(params["world_dir"]), False),
+}
+
+
+def given_params(notebook: Path, flags: list[str]) -> dict:
+    """The parameters as papermill itself reads them from its flags (-p, -f, -y, …)."""
+    import papermill.cli
+    import yaml  # papermill's own
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = Path(folder) / "prepared.ipynb"
+        # papermill only logs a name it does not know; check_params refuses it, so the log adds nothing
+        quiet = ["--prepare-only", "--no-progress-bar", "--log-level", "ERROR"]
+        try:
+            papermill.cli.papermill.main([*flags, *quiet, str(notebook), str(prepared)], standalone_mode=False)
+        except (OSError, yaml.YAMLError) as error:
+            raise sae_utils.UserError(f"the parameters cannot be read: {' '.join(str(error).split())}") from None
+        return json.loads(prepared.read_text())["metadata"]["papermill"]["parameters"]
+
+
+def launch(name: str, flags: list[str]) -> Path:
+    """Executes notebooks/<name>.ipynb into its folder, and returns that.
+
+    What is finished with the same parameters is left as it is; with others it is refused. The
+    executed notebook is <name>.running.ipynb until it is whole, <name>.failed.ipynb if it failed.
+    """
+    import papermill
+
+    source = sae_utils.ROOT / "notebooks" / f"{name}.ipynb"
+    params = check_params(name, given_params(source, flags))
+    folder, finished = FOLDERS[name](params)
+    if finished:
+        print(f"{sae_utils.show_path(folder)} is finished: nothing to do.")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    executed = folder / source.name
+    running, failed = executed.with_suffix(".running.ipynb"), executed.with_suffix(".failed.ipynb")
+    try:
+        papermill.execute_notebook(
+            str(source), str(running), params, kernel_name="python3", cwd=str(source.parent), progress_bar=False, log_output=True
+        )
+    except BaseException as error:
+        if running.exists():
+            running.replace(failed)
+        mistake = getattr(error, "ename", "") == "UserError"
+        if mistake and {file.name for file in folder.iterdir()} <= {failed.name, "params.json"}:
+            shutil.rmtree(folder)  # nothing was made yet: the corrected command finds the name free
+        raise
+    running.replace(executed)
+    failed.unlink(missing_ok=True)
+    return folder
+
+
+def main(args: list[str]) -> int:
+    """0 when all went well; 2 for a mistake the user can mend, told in one sentence; else 1."""
+    import click
+    import papermill
+
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
+    logging.getLogger("papermill").addFilter(lambda r: not r.getMessage().startswith(("Executing", "Ending", "Input", "Output")))
+    try:
+        launch(args[0], args[1:])
+    except sae_utils.UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except click.ClickException as error:
+        print(f"Error: papermill flags: {error.format_message()}", file=sys.stderr)
+        return 2
+    except papermill.PapermillExecutionError as error:
+        mistake = error.ename == "UserError"
+        print(f"Error: {error.evalue}" if mistake else "\n".join(error.traceback), file=sys.stderr)
+        return 2 if mistake else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,197 @@
+"""Parameters: what the notebooks declare, what params/ holds, and one clear sentence for a mistake."""
+
+import json
+from pathlib import Path
+
+import papermill
+import pytest
+import torch
+import yaml
+from conftest import ROOT, training_params
+
+import experiment
+import sae_utils as u
+
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+PARAMS = sorted((ROOT / "params").rglob("*.yaml"))
+
+
+def notebook_of(path):
+    return "patch_neurons" if path.stem.startswith("patch-") else "sae_training"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_papermill_and_we_read_the_same_parameters(name):
+    source = str(ROOT / "notebooks" / f"{name}.ipynb")
+    theirs, ours = papermill.inspect_notebook(source), experiment.declared_params(name)
+    assert list(theirs) == list(ours)
+    assert all(theirs[n]["inferred_type_name"] == p.type and theirs[n]["help"] == p.help and p.help for n, p in ours.items())
+    cell = next(c for c in json.loads(Path(source).read_text())["cells"] if "parameters" in c["metadata"].get("tags", []))
+    assert len(ours) == sum(":" in line.split("#")[0] for line in cell["source"])  # every line was understood
+    assert experiment.check_params(name, {}) == {n: p.default for n, p in ours.items()}  # the defaults are legal
+
+
+@pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
+def test_params_files_fit_the_notebook(path):
+    given, declared = yaml.safe_load(path.read_text()), experiment.declared_params(notebook_of(path))
+    assert path.read_text().startswith("#"), "the first line says why the file exists"
+    for name, value in given.items():
+        assert type(value).__name__ == declared[name].type, name
+    experiment.check_params(notebook_of(path), given)
+
+
+def test_reference_file_is_the_notebooks_defaults():
+    given = yaml.safe_load((ROOT / "params" / "gemma-3-1b-it.yaml").read_text())
+    declared = experiment.declared_params("sae_training")
+    assert given == {name: declared[name].default for name in given} and len(given) >= 15
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"l1_coef": 1e-3}, "no parameter l1_coef. Did you mean l1_coeff"),
+        ({"lr": "fast"}, "lr must be a number .above 0., not 'fast'"),
+        ({"lr": -1.0}, "lr must be a number .above 0., not -1.0"),
+        ({"lr": float("nan")}, "lr must be a number"),
+        ({"epochs": 2.5}, "epochs must be a whole number .from 1., not 2.5"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"epochs": None}, "epochs must be a whole number"),
+        ({"lr_min_ratio": 1.5}, "lr_min_ratio must be a number .0 to 1., not 1.5"),
+        ({"normalize": "none"}, "normalize must be text .unit . scale., not 'none'"),
+        ({"architecture": "gated"}, "architecture must be text"),
+    ],
+)
+def test_wrong_parameters_are_named(given, message):
+    with pytest.raises(u.UserError, match=message):
+        experiment.check_params("sae_training", given)
+
+
+def test_words_that_papermill_and_yaml_leave_as_text():
+    checked = experiment.check_params("patch_neurons", {"keep_error": "false", "strength": "1e1", "name": 7})
+    assert checked["keep_error"] is False and checked["strength"] == 10.0 and checked["name"] == "7"
+    assert isinstance(experiment.check_params("sae_training", {"lr": 1})["lr"], float)
+
+
+def test_names_come_from_the_injected_cell_of_a_running_notebook():
+    running = {"In": ["", "lr: float = 3e-3", "# Parameters\nlr = 1e-4\nepocs = 3\n"], "lr": 1e-4, "np": torch, "epocs": 3}
+    with pytest.raises(u.UserError, match="epocs. Did you mean epochs"):
+        experiment.check_params("sae_training", running)
+    assert experiment.check_params("sae_training", {"In": ["", "x = 1"], "x": 1, "lr": 1e-4})["lr"] == 1e-4
+
+
+def test_run_names():
+    name = lambda **given: experiment.run_folder(experiment.check_params("sae_training", given))[0].name
+    assert name() == "gemma-3-1b-it-L6" and name(layer=3, seed=1) == "gemma-3-1b-it-L3-seed1"
+    assert name(l1_coeff=1e-4) == "gemma-3-1b-it-L6-l1coeff0.0001"
+    many = {"lr": 1e-4, "epochs": 3, "n_activations": 5000, "batch_size": 64, "expansion": 2, "seq_len": 64}
+    assert name(**many) == name(**many) != name(**many | {"lr": 2e-4}) and len(name(**many)) < 40
+
+
+def test_a_name_with_other_parameters_is_refused(folder):
+    params = training_params(folder)
+    run_dir = experiment.start_run(params)
+    assert experiment.start_run(params) == run_dir  # the same again: an unfinished run starts anew
+    before = (run_dir / "params.json").read_text()
+    with pytest.raises(u.UserError, match="lr was 0.003, now 0.001") as refusal:
+        experiment.start_run(params | {"lr": 1e-3})
+    assert "epochs" not in str(refusal.value) and (run_dir / "params.json").read_text() == before
+    (run_dir / ".done").touch()
+    with pytest.raises(u.UserError, match="is finished"):
+        experiment.start_run(params)
+
+
+def test_wrong_layer_and_hook(folder):
+    where = str(folder / "model")
+    with pytest.raises(u.UserError, match="layer 3 is outside .*valid layers are 0 to 2"):
+        u.find_hook(where, 3)
+    with pytest.raises(u.UserError, match="matches no module.*model.layers.1.mlp.down_proj"):
+        u.find_hook(where, 1, "model.layers.{layer}.mlp.downproj")
+    assert u.find_hook(where, 2, "model.layers.{layer}.mlp") == "model.layers.2.mlp"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("./nowhere", "there is no such file or folder"), ("runs/tiny-modle", "make tiny-model"), ("google/gemma-3-1b-it", "cannot be reached.*make demo")],
+)
+def test_models_that_cannot_be_had(name, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(u.UserError, match=message):
+        u.find_hook(name, 1)
+
+
+def test_a_gated_model_says_what_to_do():
+    gated = OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/x/y.\n401 Client Error")
+    with pytest.raises(u.UserError, match="accept its licence on huggingface.co/x/y, then set HF_TOKEN"), u.hub_errors("model", "x/y"):
+        raise gated
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is empty"), ('{"text": ""}\n{"text": " "}\n', "is empty"), ('{"body": "x"}\n', "no column text; it has: body"), ("not json\n", "could not be loaded")],
+)
+def test_texts_that_hold_nothing(content, message, tmp_path):
+    (tmp_path / "text.jsonl").write_text(content)
+    with pytest.raises(u.UserError, match=message):
+        next(u.read_documents(str(tmp_path / "text.jsonl")))
+
+
+def test_patching_needs_a_finished_run(folder):
+    with pytest.raises(u.UserError, match="there is no run"):
+        experiment.finished_run(str(folder / "runs" / "none"))
+    experiment.start_run(training_params(folder))
+    with pytest.raises(u.UserError, match="is not finished"):
+        experiment.finished_run(str(folder / "runs" / "one"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("-p l1_coef 1e-3", "Did you mean l1_coeff?"),
+        ("-p lr fast", "parameter lr must be a number"),
+        ("-f params/missing.yaml", "params/missing.yaml"),
+        ("-x 3", "papermill flags"),
+    ],
+)
+def test_launching_with_a_mistake_ends_at_once_with_one_sentence(flags, sentence, folder, capsys):
+    assert experiment.main(["sae_training", *flags.split(), "-p", "run_dir", str(folder / "new")]) == 2
+    err = capsys.readouterr().err.strip()
+    assert sentence in err and len(err.splitlines()) == 1 and not (folder / "new").exists()
+
+
+def test_a_mistake_found_in_the_notebook_leaves_no_trace(folder, capsys):
+    flags = f"-p model_name {folder}/model -p dataset_name {folder}/text.jsonl -p run_dir {folder}/new -p layer 9"
+    assert experiment.main(["sae_training", *flags.split()]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "valid layers are 0 to 2" in err and len(err.splitlines()) == 1 and not (folder / "new").exists()
+
+
+def test_tokens_file_beside_the_notebooks_is_honoured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "secret_tokens.py").write_text('HF_TOKEN = "from-the-file"\n')
+    monkeypatch.setattr(u, "ROOT", tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "from-outside")
+    u.use_hf_token()
+    assert u.os.environ["HF_TOKEN"] == "from-outside"
+    monkeypatch.delenv("HF_TOKEN")
+    u.use_hf_token()
+    assert u.os.environ["HF_TOKEN"] == "from-the-file" and capsys.readouterr().out == ""
+    monkeypatch.delenv("HF_TOKEN")
+
+
+def test_files_appear_only_when_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(KeyError), u.atomic(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    u.write_json(tmp_path / "a.json", {"nan": float("nan"), 1: [float("inf"), "é"]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"nan": None, "1": [None, "é"]}
+
+
+def test_token_text_and_escapes(tokenizer):
+    as_text = u.TokenText(tokenizer)
+    assert as_text(tokenizer("the red cat")["input_ids"]) == " the red cat"
+    assert u.plot_text("a$b$\n\t") == r"a\$b\$··"
+    page = u.shade(["<script>", '"&', "猫"], [0.0, 1.0, 0.5])
+    assert "<script>" not in page and "&lt;script&gt;" in page and "&quot;&amp;" in page and "1.00" in page
