@@ -1,0 +1,190 @@
+"""The notebooks, executed as `make demo` does, judged by the numbers in the files they write."""
+
+import csv
+import hashlib
+import json
+import subprocess
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from matplotlib.backends.backend_pdf import PdfPages  # noqa: F401  (the report needs it; fail early without)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import experiment
+import sae_utils as u
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_notebooks_are_stripped_and_executable(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.language_info.name == "python"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The tiny model and its world, built by their notebook."""
+    folder = tmp_path_factory.mktemp("tiny")
+    experiment.launch("tiny_model", ["-p", "model_dir", str(folder / "model"), "-p", "world_dir", str(folder / "world")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    """An SAE trained on it with the demo's parameters."""
+    flags = ["-f", str(ROOT / "params" / "tiny.yaml"), "-p", "model_name", str(tiny / "model"), "-p", "run_dir", str(tiny / "runs" / "demo")]
+    return experiment.launch("sae_training", [*flags, "-p", "dataset_name", str(tiny / "world" / "corpus.jsonl")])
+
+
+@pytest.fixture(scope="module")
+def patch(run):
+    return experiment.launch("patch_neurons", ["-f", str(ROOT / "params" / "patch-tiny.yaml"), "-p", "run_dir", str(run)])
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_the_world_is_the_same_everywhere_and_rich_enough(tiny):
+    text = (tiny / "world" / "corpus.jsonl").read_bytes()
+    assert hashlib.sha256(text).hexdigest()[:16] == "944e745f5f5ed2d8"
+    words = {word for line in text.decode().splitlines() for word in json.loads(line)["text"].split()}
+    variables, codes = read(tiny / "world" / "variables.json"), np.load(tiny / "world" / "variables.npz")
+    assert len(words) >= 200 and len(variables) >= 12 and sum(not v["visible"] for v in variables.values()) >= 6
+    first = json.loads(text.splitlines()[0])["text"].split()
+    assert codes["offsets"][1] == len(first) and all(len(codes[name]) == codes["offsets"][-1] for name in variables)
+    for name, variable in variables.items():
+        assert codes[name].max() == len(variable["values"]) - 1, name
+    assert len(variables["form"]["values"]) - 1 >= 25
+
+
+def test_hidden_variables_are_true_of_the_text(tiny):
+    texts = [json.loads(line)["text"].split() for line in (tiny / "world" / "corpus.jsonl").open()][:300]
+    variables, codes = read(tiny / "world" / "variables.json"), np.load(tiny / "world" / "variables.npz")
+    checked = 0
+    for name in (n for n in variables if n.startswith("next_")):
+        for d, words in enumerate(texts):
+            for i, code in enumerate(codes[name][codes["offsets"][d] : codes["offsets"][d + 1]]):
+                value = variables[name]["values"][code]
+                if value != "none":
+                    assert words[i + 1] == value.split("_")[0], (name, d, i)
+                    checked += 1
+    assert checked > 1000
+
+
+def test_the_tiny_model_has_learnt_its_world(tiny):
+    world = read(tiny / "model" / "world_metrics.json")
+    assert 0 < world["held_out_ce"] - world["entropy_rate"] < 0.1 and world["trigram_ce"] - world["held_out_ce"] > 0.3
+    assert world["zero_ablation_cost"][1] >= 0.3
+    config = read(tiny / "model" / "config.json")
+    assert config["architectures"] == ["Gemma3ForCausalLM"] and set(config["layer_types"]) == {"sliding_attention", "full_attention"}
+    model, tokenizer = u.load_model(str(tiny / "model"))
+    text = json.loads((tiny / "world" / "corpus.jsonl").open().readline())["text"]
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text and tokenizer.bos_token_id is not None
+
+
+def test_training_reaches_its_numbers(run):
+    metrics = read(run / "metrics.json")
+    assert metrics["ce_recovered"] > 0.95 and metrics["fvu"] < 0.08 and 3 < metrics["l0"] < 25 and metrics["dead"] < 0.1
+    assert metrics["ce_zero"] - metrics["ce_clean"] > 0.3, "where the layer hardly matters ce_recovered says nothing"
+    assert metrics["ce_clean"] < metrics["ce_spliced"] < metrics["ce_zero"] and metrics["kl"] > 0
+    assert metrics["rows"] == 300_000 == metrics["train_rows"] + metrics["held_out_rows"] and metrics["notices"] == []
+    assert abs(metrics["fvu"] - metrics["train_fvu"]) < 0.02
+
+
+def test_a_run_leaves_every_file(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"params.json", "sae_training.ipynb", "sae.pth", "metrics.json", "history.csv", "report.pdf", "contexts.json", "overview.png", ".done"} <= names
+    assert not [name for name in names if name.endswith(".tmp") or "running" in name or "failed" in name]
+    assert (run / "report.pdf").read_bytes()[:5] == b"%PDF-" and (run / "report.pdf").stat().st_size < 2e6
+    recorded = read(run / "params.json")
+    assert recorded["parameters"]["layer"] == 1 and recorded["versions"]["torch"].startswith("2.13.0")
+
+
+def test_history_and_tensorboard_tell_the_same(run):
+    history = list(csv.DictReader((run / "history.csv").open()))
+    epochs = read(run / "params.json")["parameters"]["epochs"]
+    assert [int(row["epoch"]) for row in history] == list(range(1, epochs + 1))
+    assert float(history[-1]["loss"]) < float(history[0]["loss"]) and float(history[-1]["l0"]) < float(history[0]["l0"])
+    for row in history:
+        weighted = float(row["mse"]) + read(run / "params.json")["parameters"]["l1_coeff"] * float(row["l1"])
+        assert float(row["loss"]) == pytest.approx(weighted, rel=1e-4)
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    for name in ("loss", "mse", "l1", "l0", "dead", "density_median", "newly_dead", "lr"):
+        points = events.Scalars(f"epoch/{name}")
+        assert [p.value for p in points] == pytest.approx([float(row[name]) for row in history], rel=1e-5)
+
+
+def test_the_saved_sae_is_the_one_that_was_scored(run, tiny):
+    sae, metrics, params = u.SAE.load(run / "sae.pth"), read(run / "metrics.json"), read(run / "params.json")["parameters"]
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae), atol=1e-5, rtol=0)
+    model, tokenizer = u.load_model(params["model_name"])
+    rows = u.get_rows(model, tokenizer, sae.config["hook_name"], params, run.parent / "activations")
+    train, held_out = u.split_windows(rows.window_document, params["held_out_fraction"])
+    index = held_out[rows.window].nonzero().flatten()
+    torch.testing.assert_close(sae.mean.double(), rows.activations[train[rows.window]].double().mean(0), rtol=1e-4, atol=1e-5)
+    x, x_hat = rows.activations[index].double(), sae(rows.activations[index]).double()
+    fvu = ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
+    assert metrics["fvu"] == pytest.approx(fvu, rel=1e-4) and metrics["held_out_rows"] == len(index)
+    assert metrics["l0"] == pytest.approx((sae.encode(rows.activations[index]) > 0).sum(1).float().mean().item(), rel=1e-5)
+
+
+def test_contexts_are_where_latents_fire(run):
+    sae, contexts = u.SAE.load(run / "sae.pth"), read(run / "contexts.json")
+    assert len(contexts) == int((sae.density > 0).sum())
+    for latent, places in list(contexts.items())[::40]:
+        values = [place["activation"] for place in places]
+        assert values == sorted(values, reverse=True) and values[0] >= sae.max_act[int(latent)] - 1e-4 and place_is_text(places[0])
+
+
+def place_is_text(place):
+    return place["token"].strip() and isinstance(place["before"], str)
+
+
+def test_the_patch_does_something_a_person_can_see(patch):
+    result = read(patch / "patching.json")
+    assert result["prompts"] == 10 and result["prompts_hit"] >= 8
+    assert sorted(result["control_hits"])[len(result["control_hits"]) // 2] <= 2 and len(result["controls"]) == 20
+    for row in result["comparison"]:
+        texts = {arm: "".join(piece["text"] for piece in row[arm]) for arm in ("original", "reconstruction", "patched")}
+        assert all(texts.values()) and not any(piece["differs"] for piece in row["original"])
+        assert any(piece["differs"] for piece in row["patched"]) == (texts["patched"] != texts["original"])
+    ablated = sum(result["ablation_log_odds_change"]) / len(result["ablation_log_odds_change"])
+    assert ablated < -0.5 and ablated < min(result["ablation_controls"])
+    page = (patch / "patching.html").read_text()
+    assert result["finding"].split(":")[0] in page and "http" not in page and (patch / ".done").exists()
+
+
+def test_nothing_is_written_over(run, patch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    params = read(run / "params.json")["parameters"]
+    flags = [f for name, value in params.items() for f in ("-y", json.dumps({name: value}))]
+    assert experiment.main(["sae_training", *flags]) == 0 and "nothing to do" in capsys.readouterr().out
+    assert experiment.main(["sae_training", *flags, "-p", "lr", "0.1"]) == 2 and "lr was 0.003, now 0.1" in capsys.readouterr().err
+    patch_flags = ["-f", str(ROOT / "params" / "patch-tiny.yaml"), "-p", "run_dir", str(run)]
+    assert experiment.main(["patch_neurons", *patch_flags]) == 0
+    assert experiment.main(["patch_neurons", *patch_flags, "-p", "strength", "3"]) == 2 and "strength" in capsys.readouterr().err
+    assert experiment.main(["patch_neurons", "-y", "{latents: [99999]}", "-p", "name", "new", "-p", "run_dir", str(run)]) == 2
+    assert "valid latents are 0 to 511" in capsys.readouterr().err and not (run / "patches" / "new").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_make_knows_its_jobs():
+    help_text = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for job in "setup lab demo train patch sweep tensorboard test smoke clean".split():
+        assert f"make {job}" in help_text
+    plan = ["make", "-n", "-o", ".venv/.ready", "sweep", "LAYERS=1 2", "L1S=1e-4 3e-4", "SWEEP=try", "P=-p epochs 3"]
+    lines = [line for line in subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines() if "run_dir" in line]
+    assert sum("-p run_dir runs/try-L2-l1_3e-4" in line for line in lines) == 1 and len(lines) == 4
+    train = ["make", "-n", "-o", ".venv/.ready", "train", "LAYER=3", "MODEL=a/b", "SEED=1", "RUN=x", "PARAMS=params/tiny.yaml"]
+    out = subprocess.run(train, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for flag in ("-f params/tiny.yaml", "-p layer '3'", "-p model_name 'a/b'", "-p seed '1'", "-p run_dir 'runs/x'"):
+        assert flag in out
