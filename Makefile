@@ -71,7 +71,7 @@ train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED
 
 .PHONY: patch
 patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]
-	$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(RUN)' $(P)
+	$(if $(RUN),,$(error say which run to patch: make patch RUN=name))$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(RUN)' $(P)
 
 # One target for each pair of layer and L1 coefficient, such as cell/6/3e-4.
 LAYERS ?= 6

@@ -163,7 +163,7 @@ def local_or_hub(name: str, kind: str) -> str:
     """An absolute path where `name` is a local file or folder, else the hub id. UserError if neither."""
     if resolve(name).exists():
         return str(resolve(name))
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or name.startswith("runs/"):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or name.startswith("runs/") or name.endswith((".jsonl", ".txt")):
         hint = " (`make tiny-model` builds it)" if name.startswith("runs/tiny") else ""
         raise UserError(f"{kind} {name}: there is no such file or folder{hint}, and it is no Hugging Face id.")
     return name

@@ -274,7 +274,8 @@ def main(args: list[str]) -> int:
     import papermill
 
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
-    logging.getLogger("papermill").addFilter(lambda r: not r.getMessage().startswith(("Executing", "Ending", "Input", "Output")))
+    noise = ("Executing", "Ending", "Input", "Output", "Working", "Passed unknown")
+    logging.getLogger("papermill").addFilter(lambda record: not record.getMessage().startswith(noise))
     try:
         launch(args[0], args[1:])
     except sae_utils.UserError as error:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from matplotlib.backends.backend_pdf import PdfPages  # noqa: F401  (the report needs it; fail early without)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiment
@@ -142,11 +141,8 @@ def test_contexts_are_where_latents_fire(run):
     assert len(contexts) == int((sae.density > 0).sum())
     for latent, places in list(contexts.items())[::40]:
         values = [place["activation"] for place in places]
-        assert values == sorted(values, reverse=True) and values[0] >= sae.max_act[int(latent)] - 1e-4 and place_is_text(places[0])
-
-
-def place_is_text(place):
-    return place["token"].strip() and isinstance(place["before"], str)
+        assert values == sorted(values, reverse=True) and values[0] >= sae.max_act[int(latent)] - 1e-4
+        assert places[0]["token"].strip() and isinstance(places[0]["before"], str)
 
 
 def test_the_patch_does_something_a_person_can_see(patch):
@@ -188,3 +184,19 @@ def test_make_knows_its_jobs():
     out = subprocess.run(train, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for flag in ("-f params/tiny.yaml", "-p layer '3'", "-p model_name 'a/b'", "-p seed '1'", "-p run_dir 'runs/x'"):
         assert flag in out
+
+
+def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
+    secret = "hf_" + "x" * 30
+    monkeypatch.setenv("HF_TOKEN", secret)
+    flags = f"-p model_name {folder}/model -p dataset_name {folder}/text.jsonl -p run_dir {folder}/runs/small -p layer 1 -p epochs 2"
+    assert experiment.main(["sae_training", *flags.split(), "-p", "n_activations", "1000000", "-p", "seq_len", "16"]) == 0
+    run = folder / "runs" / "small"
+    metrics = read(run / "metrics.json")
+    fewer, weight, warm_up = metrics["notices"]
+    assert f"holds {metrics['rows']:,} rows, fewer than the 1,000,000" in fewer
+    assert "far weaker than the reference's 0.35 (l1_coeff 0.022)" in weight and metrics["l1_weight"] == pytest.approx(3e-4 * 16)
+    assert f"longer than the run of {metrics['steps']}" in warm_up
+    assert (run / "sae_training.ipynb").read_text().count('"Notice: ') == 3
+    leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert not leaks
