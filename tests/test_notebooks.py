@@ -197,6 +197,7 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     assert f"holds {metrics['rows']:,} rows, fewer than the 1,000,000" in fewer
     assert "far weaker than the reference's 0.35 (l1_coeff 0.022)" in weight and metrics["l1_weight"] == pytest.approx(3e-4 * 16)
     assert f"longer than the run of {metrics['steps']}" in warm_up
-    assert (run / "sae_training.ipynb").read_text().count('"Notice: ') == 3
+    outputs = [out for cell in nbformat.read(run / "sae_training.ipynb", 4).cells for out in cell.get("outputs", [])]
+    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 3
     leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not leaks
