@@ -47,16 +47,12 @@ setup: $(READY) ## make the environment (without a GPU: TORCH_INDEX=<PyTorch's i
 lab: $(READY) ## open the notebooks in Jupyter
 	$(VENV)/bin/jupyter lab notebooks
 
-TINY := runs/tiny-model/config.json
-$(TINY): notebooks/tiny_model.ipynb | $(READY)
-	$(LAUNCH) tiny_model
-	@touch $@
-
 .PHONY: tiny-model
-tiny-model: $(TINY) ## build the embedded tiny model and its text
+tiny-model: $(READY) ## build the embedded tiny model and its text, where they are not there yet
+	@test -f runs/tiny-model/config.json -a -f runs/tiny-world/corpus.jsonl || $(LAUNCH) tiny_model
 
 .PHONY: demo
-demo: $(TINY) ## tiny model -> SAE -> report -> patched generation, in a few minutes
+demo: tiny-model ## tiny model -> SAE -> report -> patched generation, in a few minutes
 	$(LAUNCH) sae_training -f params/tiny.yaml -p run_dir runs/demo
 	$(LAUNCH) patch_neurons -f params/patch-tiny.yaml -p run_dir runs/demo
 	@$(PY) -c 'import json; print("\n" + json.load(open("runs/demo/metrics.json"))["finding"]); print(json.load(open("runs/demo/patches/demo/patching.json"))["finding"])'

@@ -17,6 +17,7 @@ import html
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import runpy
@@ -133,7 +134,10 @@ def use_hf_token() -> None:
     """
     file = ROOT / "notebooks" / "secret_tokens.py"
     if file.exists() and not os.environ.get("HF_TOKEN"):
-        os.environ["HF_TOKEN"] = runpy.run_path(str(file))["HF_TOKEN"]
+        token = runpy.run_path(str(file)).get("HF_TOKEN")
+        if not token:
+            raise UserError('notebooks/secret_tokens.py sets no token: it should say HF_TOKEN = "…".')
+        os.environ["HF_TOKEN"] = token
 
 
 @contextmanager
@@ -141,22 +145,24 @@ def hub_errors(kind: str, name: str):
     """Turns what the Hugging Face libraries raise for `name` into one sentence that says what to do."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # the libraries raise a dozen kinds; whatever it is, loading `name` failed
-        chain, text = error, ""
-        while chain is not None:
-            text, chain = text + f" {type(chain).__name__}: {chain}", chain.__cause__ or chain.__context__
-        if "gated" in text.lower() or "401" in text or "403" in text:
-            raise UserError(
-                f"{kind} {name} is gated or private: accept its licence on huggingface.co/{name}, then set HF_TOKEN "
-                "or run `hf auth login`; `make demo` needs no account."
-            ) from None
-        if any(w in text for w in ("OfflineMode", "offline mode", "connect", "resolve host", "LocalEntryNotFound", "Max retries")):
-            raise UserError(
-                f"{kind} {name} is not on this disk and the Hugging Face hub cannot be reached: connect "
-                "(and unset HF_HUB_OFFLINE), name a local folder, or try `make demo`, which needs no network."
-            ) from None
-        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise UserError(f"{kind} {name} could not be loaded: {first}") from None
+        causes = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        kinds, text = {type(cause).__name__ for cause in causes}, " ".join(str(cause) for cause in causes)
+        local = Path(name).is_absolute() or resolve(name).exists()
+        if not local and ("GatedRepoError" in kinds or "gated repo" in text):
+            what = f"is gated: accept its licence on huggingface.co/{name}, then set HF_TOKEN or run `hf auth login`"
+        elif not local and ("RepositoryNotFoundError" in kinds or "Repository Not Found" in text or "DatasetNotFoundError" in kinds):
+            what = "does not exist on the Hugging Face hub, or is private: check the name, or set HF_TOKEN"
+        elif not local and re.search(r"[Oo]ffline ?[Mm]ode|couldn't (connect|reach|find)|resolve host|LocalEntryNotFound|Max retries", text, re.IGNORECASE):
+            what = "is not on this disk and the Hugging Face hub cannot be reached: connect (and unset HF_HUB_OFFLINE), or name a local folder"
+        else:
+            said = str(causes[-1]).strip() or type(causes[-1]).__name__
+            raise UserError(f"{kind} {name} could not be loaded: {said.splitlines()[0][:300]}") from None
+        raise UserError(f"{kind} {name} {what}; `make demo` needs no account and no network.") from None
 
 
 def local_or_hub(name: str, kind: str) -> str:
@@ -169,11 +175,12 @@ def local_or_hub(name: str, kind: str) -> str:
     return name
 
 
-def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "") -> str:
+def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", seq_len: int = 1) -> str:
     """The name of the hooked module, such as `model.layers.6.mlp.down_proj`.
 
     Looks at the config and an empty skeleton only, so that a wrong layer or hook is refused before
-    any weight is read. `hook` is a template with `{layer}`; empty: the family's MLP output.
+    any weight is read, and a `seq_len` beyond the model's positions with it. `hook` is a template
+    with `{layer}`; empty: the family's MLP output.
     """
     import transformers
 
@@ -181,7 +188,10 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "") -
     use_hf_token()
     with hub_errors("model", model_name):
         config = transformers.AutoConfig.from_pretrained(source, revision=revision or None)
-    n_layers = config.get_text_config().num_hidden_layers
+    text_config = config.get_text_config()
+    n_layers, positions = text_config.num_hidden_layers, getattr(text_config, "max_position_embeddings", None)
+    if positions and seq_len > positions:
+        raise UserError(f"seq_len {seq_len} is more than the {positions} positions of {model_name}.")
     if not 0 <= layer < n_layers:
         raise UserError(f"layer {layer} is outside {model_name}: valid layers are 0 to {n_layers - 1}.")
     name = (hook or HOOKS.get(config.model_type, DEFAULT_HOOK)).replace("{layer}", str(layer))
@@ -194,8 +204,8 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "") -
     return name
 
 
-def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: str = ""):
-    """(model, tokenizer), frozen and in eval mode; `dtype` empty: bfloat16 on a GPU, float32 on a CPU.
+def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: str = "auto"):
+    """(model, tokenizer), frozen and in eval mode; `dtype` auto: bfloat16 on a GPU, float32 on a CPU.
 
     Raises UserError where the model cannot be had, or where the checkpoint lacks weights: they
     would be random, and transformers only prints a table.
@@ -205,7 +215,8 @@ def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: 
     transformers.utils.logging.disable_progress_bar()
     source = local_or_hub(model_name, "model")
     use_hf_token()
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
     with hub_errors("model", model_name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision or None)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -217,6 +228,12 @@ def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: 
             f"(such as {min(info['missing_keys'])}): they would be random, so it is refused."
         )
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def as_loaded(params: dict, model) -> dict:
+    """The parameters with what `load_model` settled: the commit of a model from the hub, and the dtype."""
+    commit = getattr(model.config, "_commit_hash", None) or params["model_revision"]
+    return params | {"model_revision": commit, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def special_ids(tokenizer) -> list[int]:
@@ -241,6 +258,11 @@ def pad(sequences: list[list[int]], side: str = "right", device: str = "cpu") ->
 # Text: documents, windows
 # ---------------------------------------------------------------------------------------------
 
+TEXT_KINDS = {  # suffix of a local file -> the builder of `datasets` that reads it, and its options
+    ".jsonl": ("json", {}),
+    ".txt": ("text", {"sample_by": "document"}),
+    ".parquet": ("parquet", {}),
+}
 ARTICLE = re.compile(r"^ = [^=].*[^=] = \s*$")  # WikiText's mark of a new article
 
 
@@ -254,26 +276,40 @@ def read_documents(dataset_name: str, config: str = "", split: str = "train", te
 
     datasets.disable_progress_bars()
     source = local_or_hub(dataset_name, "dataset")
-    path, options = Path(source), {"name": config or None, "split": split, "revision": revision or None}
-    for kind, suffix, more in (("json", ".jsonl", {}), ("text", ".txt", {"sample_by": "document"})):
-        files = [path] if path.suffix == suffix else sorted(path.glob(f"*{suffix}"))
-        if files and not any(file.stat().st_size for file in files):
+    options = {"name": config or None, "split": split, "revision": revision or None}
+    if Path(source).exists():
+        files = text_files(Path(source))
+        kinds = {file.suffix.lower() for file in files}
+        if len(kinds) != 1 or not kinds <= set(TEXT_KINDS):
+            found = ", ".join(sorted(kinds)) or "nothing"
+            raise UserError(f"dataset {dataset_name} must be {', '.join(TEXT_KINDS)} files, all of one kind; it holds {found}.")
+        if not any(file.stat().st_size for file in files):
             raise UserError(f"dataset {dataset_name} is empty: it holds no text.")
-        if files:
-            source, options = kind, {"data_files": [str(f) for f in files], "split": "train", **more}
-            break
+        source, more = TEXT_KINDS[kinds.pop()]
+        options = {"data_files": [str(file) for file in files], "split": "train", **more}
     use_hf_token()
     with hub_errors("dataset", dataset_name):
         rows = datasets.load_dataset(source, **options)
     if text_column not in rows.column_names:
         raise UserError(f"dataset {dataset_name} has no column {text_column}; it has: {', '.join(rows.column_names)}.")
-    rows = rows.select_columns([text_column])
-    texts = (row[text_column] for row in rows if row[text_column] and row[text_column].strip())
+    if not isinstance(next((value for value in rows[:1000][text_column] if value is not None), ""), str):
+        raise UserError(f"dataset {dataset_name}: column {text_column} does not hold text.")
+    texts = (row[text_column] for row in rows.select_columns([text_column]))
+    texts = (text for text in texts if text and text.strip())
     first = next(texts, None)
     if first is None:
         raise UserError(f"dataset {dataset_name} is empty: column {text_column} holds no text.")
     texts = itertools.chain([first], texts)
-    yield from _join_articles(texts) if ARTICLE.match(first) else texts
+    are_lines = any(ARTICLE.match(text or "") for text in rows[:1000][text_column])
+    yield from _join_articles(texts) if are_lines else texts
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files of local text: `path` itself, or all in that folder, but for hidden ones and notes (.md)."""
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return [file for file in files if file.suffix.lower() != ".md"]
 
 
 def _join_articles(lines):
@@ -391,6 +427,8 @@ def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor
         pass
     finally:
         handle.remove()
+    if not caught:
+        raise UserError(f"hook {hook_name} is never called in a forward pass: name a module that computes something.")
     return caught[0].reshape(*input_ids.shape, -1)  # OPT flattens batch and sequence inside its layers
 
 
@@ -409,31 +447,27 @@ class Rows:
         return len(self.token_ids)
 
 
-def fingerprint(name: str, *, suffixes: tuple[str, ...], **pinned) -> str:
-    """A digest of what a local file or folder holds, or of a hub id with what pins it."""
-    digest = hashlib.sha256(json.dumps(pinned, sort_keys=True).encode())
-    path = resolve(name)
-    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in suffixes)
-    if not files:
-        digest.update(name.encode())
+def fingerprint(name: str, files: list[Path], **pinned) -> str:
+    """A digest of what local files hold, or, where there are none, of a hub id and what pins it."""
+    digest = hashlib.sha256(json.dumps([pinned, "" if files else name], sort_keys=True).encode())
     for file in files:
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:24]
 
 
-def activation_key(params: dict, hook_name: str, dtype: str) -> dict:
+def activation_key(params: dict, hook_name: str) -> dict:
     """Everything that changes the rows; its digest names their folder."""
-    names = ("seq_len", "n_activations", "activation_dtype")
+    model, text = resolve(params["model_name"]), resolve(params["dataset_name"])
+    weights = sorted(f for f in model.iterdir() if f.is_file() and not f.name.startswith(".")) if model.is_dir() else []
+    pins = ("dataset_revision", "dataset_config", "dataset_split") if not text.exists() else ()
     return {
-        "model": fingerprint(params["model_name"], suffixes=(".safetensors", ".json", ".bin"), revision=params["model_revision"]),
-        "text": fingerprint(
-            params["dataset_name"], suffixes=(".jsonl", ".txt", ".parquet", ".md"), revision=params["dataset_revision"],
-            config=params["dataset_config"], split=params["dataset_split"], column=params["text_column"],
-        ),
-        "hook": hook_name, "dtype": dtype, "format": FORMAT_VERSION,
-        **{name: params[name] for name in names},
-    }  # fmt: skip
+        "model": fingerprint(params["model_name"], weights, revision="" if weights else params["model_revision"]),
+        "text": fingerprint(params["dataset_name"], text_files(text) if text.exists() else [], **{n: params[n] for n in pins}),
+        "hook": hook_name,
+        "format": FORMAT_VERSION,
+        **{name: params[name] for name in ("text_column", "dtype", "seq_len", "n_activations", "activation_dtype")},
+    }
 
 
 def harvest(model, tokenizer, hook_name: str, documents, folder: Path, key: dict, batch_windows: int = 32) -> None:
@@ -450,8 +484,9 @@ def harvest(model, tokenizer, hook_name: str, documents, folder: Path, key: dict
     if total == 0:
         raise UserError("the text holds no token that is not a special one: there is nothing to train on.")
 
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for left_over in (temporary, folder):  # of a harvest that was killed; the caller holds the lock
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary.mkdir(parents=True)
     due, start, done, d_in = Every(10), time.monotonic(), 0, 0
     token_ids, window_of, position_of = [], [], []
@@ -466,11 +501,15 @@ def harvest(model, tokenizer, hook_name: str, documents, folder: Path, key: dict
                     out = run_to_hook(model, hook_name, ids, mask)
                     found.update({w: out[row, kept[w]].to(storage).cpu() for row, w in enumerate(batch)})
                     if due():
-                        rate = (done + sum(map(len, found.values()))) / (time.monotonic() - start)
-                        print(f"harvest: {done:,} of {total:,} rows, {rate:,.0f} rows/s, {(total - done) / rate / 60:.1f} min left")
+                        so_far = done + sum(map(len, found.values()))
+                        rate = max(1, so_far) / (time.monotonic() - start)
+                        left = (total - so_far) / rate / 60
+                        print(f"harvest: {so_far:,} of {total:,} rows, {rate:,.0f} rows/s, {left:.1f} min left")
                 for w in sorted(found):
                     n = min(len(kept[w]), total - done)
                     d_in = found[w].shape[-1]
+                    if not found[w].isfinite().all():
+                        raise UserError(f"an activation is not a finite number in {key['activation_dtype']}: try bfloat16 or float32.")
                     file.write(found[w][:n].contiguous().view(torch.uint8).numpy().tobytes())
                     token_ids += [windows[w][p] for p in kept[w][:n]]
                     window_of += [w] * n
@@ -483,7 +522,6 @@ def harvest(model, tokenizer, hook_name: str, documents, folder: Path, key: dict
             window_document=np.asarray(owners, np.int32),
         )  # fmt: skip
         write_json(temporary / "manifest.json", {"key": key, "rows": total, "d_in": d_in})
-        folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -505,11 +543,12 @@ def open_rows(folder: Path) -> Rows:
 def get_rows(model, tokenizer, hook_name: str, params: dict, cache: Path) -> Rows:
     """Rows from the folder `cache` that runs share, harvested first where they are not there yet.
 
-    Two runs that want the same rows at once: one harvests, the other waits and says so.
+    `params` has the model's commit and dtype as they came to be: see `as_loaded`. Two runs that want
+    the same rows at once: one harvests, the other waits and says so.
     """
     import filelock
 
-    key = activation_key(params, hook_name, str(model.dtype).removeprefix("torch."))
+    key = activation_key(params, hook_name)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / digest
     cache.mkdir(parents=True, exist_ok=True)
@@ -613,6 +652,8 @@ class SAE(nn.Module):
     def load(cls, path: str | Path, device: str = "cpu") -> SAE:
         """The SAE that `save` wrote."""
         saved = torch.load(resolve(path), map_location="cpu", weights_only=True)
+        if saved["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{path} has format {saved['format_version']}, this code reads {FORMAT_VERSION}: train it again.")
         d_in, d_sae = saved["state_dict"]["W_enc"].shape
         sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], apply_b_dec_to_input=saved["config"]["apply_b_dec_to_input"])
         sae.load_state_dict(saved["state_dict"])
@@ -684,37 +725,35 @@ def score_rows(sae: SAE, activations: Tensor, index: Tensor, chunk: int = 4096) 
     units; mse, l1, l0: means over rows as in `sae_loss`; dead: fraction of latents silent on all
     rows. Per latent, (d_sae): density, max_act, mean_act (mean over the rows where it fires).
     """
-    device = sae.W_enc.device
-    double = partial(torch.zeros, dtype=torch.float64, device=device)
-    error, squares, shift, mse, l1 = double(()), double(()), double(sae.d_in), double(()), double(())
-    fired, total = double(sae.d_sae), double(sae.d_sae)
-    max_act = torch.zeros(sae.d_sae, device=device)
+    zeros = partial(torch.zeros, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
+    error, squares, shift, mse = zeros(()), zeros(()), zeros(sae.d_in), zeros(())
+    fired, total, max_act = zeros(sae.d_sae), zeros(sae.d_sae), torch.zeros(sae.d_sae)
     for part in index.split(chunk):
-        x = activations[part].to(device).float()
+        x = activations[part].to(sae.W_enc.device).float()
         x_unit, norm = sae.normalise(x)
         acts = sae.encode_unit(x_unit)
         x_unit_hat = sae.decode_unit(acts)
-        error += (sae.denormalise(x_unit_hat, norm) - x).double().square().sum()
-        centred = x.double() - sae.mean  # near the rows' mean, so that the difference below is exact
+        error += (sae.denormalise(x_unit_hat, norm) - x).cpu().double().square().sum()
+        centred = (x - sae.mean).cpu().double()  # near the rows' mean, so that the difference below is exact
         squares += centred.square().sum()
         shift += centred.sum(0)
-        mse += (x_unit_hat - x_unit).double().square().sum()
-        l1 += acts.double().sum()
-        fired += (acts > 0).sum(0)
-        total += acts.double().sum(0)
-        max_act = torch.maximum(max_act, acts.amax(0))
+        mse += (x_unit_hat - x_unit).cpu().double().square().sum()
+        fired += (acts > 0).sum(0).cpu()
+        total += acts.sum(0).cpu().double()
+        max_act = torch.maximum(max_act, acts.amax(0).cpu())
+    l1 = total.sum()
     n = len(index)
     variance = squares - shift.square().sum() / n
     return {
         "rows": n,
-        "fvu": (error / variance).item(),
+        "fvu": (error / variance).item() if variance > 0 else None,
         "mse": (mse / (n * sae.d_in)).item(),
         "l1": (l1 / n).item(),
         "l0": (fired.sum() / n).item(),
         "dead": (fired == 0).double().mean().item(),
-        "density": (fired / n).float().cpu(),
-        "max_act": max_act.cpu(),
-        "mean_act": (total / fired.clamp_min(1)).float().cpu(),
+        "density": (fired / n).float(),
+        "max_act": max_act,
+        "mean_act": (total / fired.clamp_min(1)).float(),
     }
 
 
@@ -752,11 +791,11 @@ def cross_entropies(model, tokenizer, hook_name: str, sae: SAE, windows: list[li
             with context():
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             logprobs = logits[:, :-1][predicted].float().log_softmax(-1)  # (tokens, d_vocab)
-            sums[arm] -= logprobs.gather(1, ids[:, 1:][predicted][:, None]).double().sum().item()
+            sums[arm] -= logprobs.gather(1, ids[:, 1:][predicted][:, None]).cpu().double().sum().item()
             if arm == "ce_clean":
                 clean = logprobs
             elif arm == "ce_spliced":
-                kl += (clean.exp() * (clean - logprobs)).double().sum().item()
+                kl += (clean.exp() * (clean - logprobs)).sum(-1).cpu().double().sum().item()
         count += int(predicted.sum())
     result = {arm: total / count for arm, total in sums.items()} | {"kl": kl / count, "ce_tokens": count}
     result["ce_recovered"] = recovered(result["ce_clean"], result["ce_spliced"], result["ce_zero"])
@@ -785,7 +824,7 @@ def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) ->
         out = run_to_hook(model, module_name, *pad(batch, device=model.device))
         for row, window in enumerate(batch):
             kept = out[row, text_positions(window, special, bos)]
-            total, count = total + kept.double().sum(0), count + len(kept)
+            total, count = total + kept.cpu().double().sum(0), count + len(kept)
     return (total / count).float()
 
 
@@ -796,9 +835,13 @@ def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) ->
 
 def check_latent(latent, d_sae: int) -> int:
     """The latent's number. Raises UserError where it is no whole number from 0 to d_sae - 1."""
-    if isinstance(latent, bool) or not isinstance(latent, int) or not 0 <= latent < d_sae:
-        raise UserError(f"latent {latent!r} is outside this SAE: valid latents are 0 to {d_sae - 1}.")
-    return latent
+    try:
+        number = -1 if isinstance(latent, bool) else operator.index(latent)
+    except TypeError:
+        number = -1
+    if not 0 <= number < d_sae:
+        raise UserError(f"latent {latent!r} is not one of this SAE: valid latents are 0 to {d_sae - 1}.")
+    return number
 
 
 def _latents(ids, acts: Tensor) -> Tensor:
@@ -983,11 +1026,15 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     settings = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or None,
-        top_k=None, top_p=None, pad_token_id=0, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=0, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    own, model.generation_config = model.generation_config, settings  # its own fills whatever is unset: penalties, top-k
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = model.generate(input_ids=ids, attention_mask=mask)
+    finally:
+        model.generation_config = own
     new = out[:, ids.shape[1] :].tolist()
     return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
@@ -997,9 +1044,9 @@ def next_logprobs(model, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities (prompts, d_vocab) of the token after each prompt, float32 on the CPU."""
     parts = []
     for batch in batches(prompts, model):
-        ids, mask = pad(batch, side="left", device=model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1]
-        parts.append(logits.float().log_softmax(-1).cpu())
+        ids, mask = pad(batch, device=model.device)  # on the right: absolute positions then need no help
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        parts.append(logits[torch.arange(len(ids)), mask.sum(1) - 1].float().log_softmax(-1).cpu())
     return torch.cat(parts)
 
 
@@ -1016,13 +1063,15 @@ class TokenText:
         self.anchor = encode_text(tokenizer, ["a"])[0]
         self.prefix = tokenizer.decode(self.anchor)
 
-    def __call__(self, token) -> str:
-        if not isinstance(token, int):
-            return "".join(self(int(t)) for t in token)
-        if token not in self.known:
-            together = self.tokenizer.decode([*self.anchor, token], clean_up_tokenization_spaces=False)
-            self.known[token] = together[len(self.prefix) :]
-        return self.known[token]
+    def __call__(self, tokens) -> str:
+        if not isinstance(tokens, int):  # together: a character may be spread over several tokens
+            return self.decode([int(token) for token in tokens])
+        if tokens not in self.known:
+            self.known[tokens] = self.decode([tokens])
+        return self.known[tokens]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode([*self.anchor, *tokens], clean_up_tokenization_spaces=False)[len(self.prefix) :]
 
 
 def plot_text(text: str) -> str:

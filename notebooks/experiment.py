@@ -127,24 +127,32 @@ def run_folder(params: dict) -> tuple[Path, bool]:
     suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "device"})
     name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", suffix)
     run_dir = sae_utils.resolve(params["run_dir"] or f"runs/{name}")
+    if run_dir in [sae_utils.ROOT / "runs" / taken for taken in ("", "activations", "tiny-model", "tiny-world")]:
+        raise sae_utils.UserError(f"{sae_utils.show_path(run_dir)} is kept for other things: choose another run name.")
     refuse_other_params(run_dir / "params.json", params)
     return run_dir, (run_dir / ".done").exists()
 
 
-def start_run(params: dict) -> Path:
-    """Claims the folder of a training run and writes params.json there; returns the folder.
+def cache_folder(run_dir: Path) -> Path:
+    """Where runs share activations: runs/activations, or beside a run that lies elsewhere."""
+    inside = run_dir.is_relative_to(sae_utils.ROOT)
+    return (sae_utils.ROOT / "runs" if inside else run_dir.parent) / "activations"
+
+
+def start_run(params: dict, **more) -> Path:
+    """Claims the folder of a training run and writes params.json there, with `more`; returns the folder.
 
     What an unfinished run with the same parameters left is started again. UserError if finished.
     """
     run_dir, finished = run_folder(params)
     if finished:
         raise sae_utils.UserError(
-            f"{sae_utils.show_path(run_dir)} is finished: open the sae_training.ipynb there, or change a parameter to start another run."
+            f"{sae_utils.show_path(run_dir)} is finished: look at report.pdf there, or change a parameter to start another run."
         )
     run_dir.mkdir(parents=True, exist_ok=True)
     for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
         stale.unlink()
-    record_params(run_dir / "params.json", params)
+    record_params(run_dir / "params.json", params, **more)
     return run_dir
 
 
@@ -238,18 +246,33 @@ def given_params(notebook: Path, flags: list[str]) -> dict:
 def launch(name: str, flags: list[str]) -> Path:
     """Executes notebooks/<name>.ipynb into its folder, and returns that.
 
-    What is finished with the same parameters is left as it is; with others it is refused. The
-    executed notebook is <name>.running.ipynb until it is whole, <name>.failed.ipynb if it failed.
+    What is finished with the same parameters is left as it is; with others it is refused, and so is
+    what another process is at work on.
     """
-    import papermill
+    import filelock
 
     source = sae_utils.ROOT / "notebooks" / f"{name}.ipynb"
     params = check_params(name, given_params(source, flags))
     folder, finished = FOLDERS[name](params)
-    if finished:
-        print(f"{sae_utils.show_path(folder)} is finished: nothing to do.")
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    if not finished:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            with lock.acquire(timeout=0):
+                finished = FOLDERS[name](params)[1]  # another process may have finished it just now
+                if not finished:
+                    execute(source, folder, params)
+                    return folder
+        except filelock.Timeout:
+            raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is being worked on by another process: wait for it.") from None
+    print(f"{sae_utils.show_path(folder)} is finished: nothing to do.")
+    return folder
+
+
+def execute(source: Path, folder: Path, params: dict) -> None:
+    """Executes a notebook into `folder`: <name>.running.ipynb until it is whole, <name>.failed.ipynb if it failed."""
+    import papermill
+
     executed = folder / source.name
     running, failed = executed.with_suffix(".running.ipynb"), executed.with_suffix(".failed.ipynb")
     try:
@@ -260,12 +283,11 @@ def launch(name: str, flags: list[str]) -> Path:
         if running.exists():
             running.replace(failed)
         mistake = getattr(error, "ename", "") == "UserError"
-        if mistake and {file.name for file in folder.iterdir()} <= {failed.name, "params.json"}:
+        if mistake and {file.name for file in folder.iterdir()} <= {failed.name, "params.json", ".lock"}:
             shutil.rmtree(folder)  # nothing was made yet: the corrected command finds the name free
         raise
     running.replace(executed)
     failed.unlink(missing_ok=True)
-    return folder
 
 
 def main(args: list[str]) -> int:

@@ -31,6 +31,15 @@ def word_tokenizer(with_bos: bool = True) -> transformers.PreTrainedTokenizerFas
     return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **names, **({"bos_token": "<bos>"} if with_bos else {}))
 
 
+def gpt2() -> transformers.GPT2LMHeadModel:
+    """Absolute positions, and one id for BOS and EOS."""
+    config = transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=3, n_head=2, n_positions=64, bos_token_id=3, eos_token_id=3)
+    model = transformers.GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
 def gemma(seed: int = 0) -> transformers.Gemma3ForCausalLM:
     torch.manual_seed(seed)
     config = transformers.Gemma3TextConfig(
@@ -42,6 +51,15 @@ def gemma(seed: int = 0) -> transformers.Gemma3ForCausalLM:
     for name, parameter in model.named_parameters():  # the default 0.02 leaves every layer's output near zero
         torch.nn.init.normal_(parameter, std=0.3 if "norm" in name else parameter.shape[-1] ** -0.5)
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed():
+    """Inputs are new on every run; a failing test prints the seed that repeats them."""
+    seed = int(os.environ.get("TEST_SEED", int.from_bytes(os.urandom(3), "big")))
+    print(f"to repeat: TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    return seed
 
 
 @pytest.fixture(scope="session")
@@ -88,4 +106,4 @@ def training_params(folder: Path, **changes) -> dict:
     """Parameters of a small run on `folder`."""
     given = {"model_name": str(folder / "model"), "dataset_name": str(folder / "text.jsonl"), "layer": 1, "n_activations": 1500}
     given |= {"seq_len": 16, "activation_dtype": "float32", "run_dir": str(folder / "runs" / "one"), "l1_coeff": 0.02}
-    return experiment.check_params("sae_training", given | changes)
+    return experiment.check_params("sae_training", given | changes) | {"dtype": "float32"}

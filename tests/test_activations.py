@@ -1,11 +1,14 @@
 """Rows are the right tokens' activations, and only those."""
 
 import json
+import threading
+import time
 
+import datasets
 import pytest
 import torch
 import transformers
-from conftest import HOOK, sentences, training_params, word_tokenizer
+from conftest import HOOK, gemma, sentences, training_params, word_tokenizer
 
 import sae_utils as u
 
@@ -52,12 +55,17 @@ def test_windows_without_bos_drop_the_first_token():
     assert [tokenizer.decode(w) for w in windows] == ["the cat sees a", "dog ."] and owners == [0, 0]
 
 
-def test_windows_begin_with_bos_once_and_keep_every_token(tokenizer):
-    texts = sentences(20, seed=torch.seed() % 1000)
+def test_windows_begin_with_bos_once_and_keep_every_token(tokenizer, fresh_seed):
+    texts = sentences(20, seed=fresh_seed)
     windows, owners = u.cut_windows(tokenizer, texts, 8, 10**9)
     assert all(w[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in w[1:] and len(w) <= 8 for w in windows)
     for d, text in enumerate(texts):
         assert tokenizer.decode([t for w, o in zip(windows, owners, strict=True) if o == d for t in w[1:]]) == text
+
+
+def test_bos_is_not_doubled(tokenizer):
+    bos = tokenizer.bos_token_id
+    assert u.with_bos(tokenizer, [bos, 5, 6]) == u.with_bos(tokenizer, [5, 6]) == [bos, 5, 6] and u.with_bos(tokenizer, []) == [bos]
 
 
 def test_storage_in_bfloat16_is_the_rounded_row(folder, model, tokenizer):
@@ -69,8 +77,61 @@ def test_rows_are_harvested_once(folder, model, tokenizer, monkeypatch):
     rows_of(folder, model, tokenizer)
     monkeypatch.setattr(u, "harvest", lambda *a: pytest.fail("harvested again"))
     rows_of(folder, model, tokenizer)
-    with pytest.raises(pytest.fail.Exception):
-        rows_of(folder, model, tokenizer, seq_len=17)
+    rows_of(folder, model, tokenizer, lr=1e-4, expansion=2, seed=5)  # none of this changes the rows
+
+
+def test_whatever_changes_the_rows_changes_their_key(folder):
+    params = training_params(folder)
+    key = u.activation_key(params, HOOK)
+    others = {"seq_len": 17, "n_activations": 1501, "activation_dtype": "bfloat16", "dtype": "bfloat16", "text_column": "body"}
+    keys = [key, u.activation_key(params, "other.hook"), *(u.activation_key(params | {n: v}, HOOK) for n, v in others.items())]
+    for file in ("text.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json"):
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content + b" ")
+        keys.append(u.activation_key(params, HOOK))
+        (folder / file).write_bytes(content)
+    hub = params | {"model_name": "a/b", "dataset_name": "c/d"}
+    keys += [u.activation_key(hub | {n: "x"}, HOOK) for n in ("model_revision", "dataset_revision", "dataset_config", "dataset_split")]
+    keys += [u.activation_key(hub | {n: "e/f"}, HOOK) for n in ("model_name", "dataset_name")]
+    assert len({str(k) for k in keys}) == len(keys) and u.activation_key(params, HOOK) == key
+
+
+def test_a_second_run_waits_for_the_first_harvest(folder, model, tokenizer, monkeypatch, capsys):
+    params, cache, harvests = training_params(folder), folder / "activations", []
+    real, started = u.harvest, threading.Event()
+
+    def slow(*arguments):
+        harvests.append(1)
+        started.set()
+        time.sleep(1)
+        real(*arguments)
+
+    monkeypatch.setattr(u, "harvest", slow)
+    first = threading.Thread(target=u.get_rows, args=(model, tokenizer, HOOK, params, cache))
+    first.start()
+    started.wait()
+    rows = u.get_rows(model, tokenizer, HOOK, params, cache)
+    first.join()
+    assert len(harvests) == 1 and len(rows) == 1500 and "another run is harvesting" in capsys.readouterr().out
+
+
+def test_what_a_killed_harvest_left_is_cleared(folder, model, tokenizer):
+    params = training_params(folder)
+    rows_of(folder, model, tokenizer)
+    store = next((folder / "activations").glob("*/manifest.json")).parent
+    (store / "manifest.json").unlink()
+    left_over = store.with_name(f".{store.name}.tmp")
+    left_over.mkdir()
+    (left_over / "rows.bin").touch()
+    assert len(rows_of(folder, model, tokenizer)) == params["n_activations"] and not left_over.exists()
+
+
+def test_an_activation_beyond_float16_is_refused(folder, tokenizer):
+    model = gemma()
+    model.get_submodule(HOOK).weight.mul_(1e7)
+    with pytest.raises(u.UserError, match="not a finite number in float16: try bfloat16 or float32"):
+        rows_of(folder, model, tokenizer, activation_dtype="float16")
+    assert not [f for f in (folder / "activations").iterdir() if f.suffix != ".lock"]
 
 
 def test_a_damaged_store_is_refused_by_name(folder, model, tokenizer):
@@ -105,9 +166,6 @@ def test_few_documents_still_hold_one_out():
 def test_wikitext_lines_become_articles(tmp_path):
     lines = ["", " = First = ", "", " Words of it . ", " = = Section = = ", " More . ", " = Second = ", " Other . "]
     (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "data.parquet").touch()
-    import datasets
-
     datasets.Dataset.from_dict({"text": [line + "\n" for line in lines]}).to_parquet(tmp_path / "rows" / "data.parquet")
     articles = list(u.read_documents(str(tmp_path / "rows")))
     assert articles == [" = First = \n Words of it . \n = = Section = = \n More . \n", " = Second = \n Other . \n"]
@@ -117,7 +175,9 @@ def test_a_text_file_is_one_document_and_a_folder_one_for_each(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.txt").write_text("three")
     assert list(u.read_documents(str(tmp_path / "a.txt"))) == ["one\ntwo\n"]
-    assert sorted(u.read_documents(str(tmp_path))) == ["one\ntwo\n", "three"]
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "c.TXT").write_text("four\nfive")
+    assert sorted(u.read_documents(str(tmp_path), config="ignored")) == ["four\nfive", "one\ntwo\n", "three"]
 
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -152,10 +212,14 @@ def test_hook_of_each_family_is_the_mlp_output(family, tmp_path):
     assert whole.logits.shape == (2, 4, 30)
 
 
-def test_multimodal_checkpoint_as_text_model_is_refused(folder, model):
+def test_a_checkpoint_that_lacks_weights_is_refused(folder, model):
     weights = dict(model.state_dict())
-    missing = weights.pop("model.layers.2.mlp.up_proj.weight")
+    del weights["model.layers.2.mlp.up_proj.weight"]
     model.save_pretrained(folder / "model", state_dict=weights)
-    assert missing.numel()
     with pytest.raises(u.UserError, match="lacks 1 weights.*up_proj"):
         u.load_model(str(folder / "model"))
+
+
+def test_a_hook_that_is_never_called_is_refused(model):
+    with pytest.raises(u.UserError, match="model.layers is never called"):
+        u.run_to_hook(model, "model.layers", *u.pad([[3, 5]]))

@@ -85,7 +85,7 @@ def test_the_tiny_model_has_learnt_its_world(tiny):
     assert world["zero_ablation_cost"][1] >= 0.3
     config = read(tiny / "model" / "config.json")
     assert config["architectures"] == ["Gemma3ForCausalLM"] and set(config["layer_types"]) == {"sliding_attention", "full_attention"}
-    model, tokenizer = u.load_model(str(tiny / "model"))
+    _, tokenizer = u.load_model(str(tiny / "model"))
     text = json.loads((tiny / "world" / "corpus.jsonl").open().readline())["text"]
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text and tokenizer.bos_token_id is not None
 
@@ -193,11 +193,12 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     assert experiment.main(["sae_training", *flags.split(), "-p", "n_activations", "1000000", "-p", "seq_len", "16"]) == 0
     run = folder / "runs" / "small"
     metrics = read(run / "metrics.json")
-    fewer, weight, warm_up = metrics["notices"]
+    fewer, few_held_out, weight, warm_up = metrics["notices"]
+    assert f"only {metrics['held_out_rows']} rows are held out" in few_held_out
     assert f"holds {metrics['rows']:,} rows, fewer than the 1,000,000" in fewer
     assert "far weaker than the reference's 0.35 (l1_coeff 0.022)" in weight and metrics["l1_weight"] == pytest.approx(3e-4 * 16)
-    assert f"longer than the run of {metrics['steps']}" in warm_up
+    assert f"no room for the cosine in a run of {metrics['steps']} steps" in warm_up
     outputs = [out for cell in nbformat.read(run / "sae_training.ipynb", 4).cells for out in cell.get("outputs", [])]
-    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 3
+    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 4
     leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not leaks

@@ -1,11 +1,15 @@
 """Parameters: what the notebooks declare, what params/ holds, and one clear sentence for a mistake."""
 
 import json
+import re
 from pathlib import Path
 
+import filelock
 import papermill
 import pytest
+import tokenizers
 import torch
+import transformers
 import yaml
 from conftest import ROOT, training_params
 
@@ -128,12 +132,61 @@ def test_a_gated_model_says_what_to_do():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "is empty"), ('{"text": ""}\n{"text": " "}\n', "is empty"), ('{"body": "x"}\n', "no column text; it has: body"), ("not json\n", "could not be loaded")],
+    [
+        ("", "is empty"),
+        ('{"text": ""}\n{"text": " "}\n', "is empty"),
+        ('{"body": "x"}\n', "no column text; it has: body"),
+        ("not json\n", "could not be loaded: "),
+        ('{"text": 5}\n', "column text does not hold text"),
+    ],
 )
 def test_texts_that_hold_nothing(content, message, tmp_path):
     (tmp_path / "text.jsonl").write_text(content)
     with pytest.raises(u.UserError, match=message):
         next(u.read_documents(str(tmp_path / "text.jsonl")))
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "a.md").write_text("x")
+    with pytest.raises(u.UserError, match="must be .jsonl, .txt, .parquet files, all of one kind; it holds .md"):
+        next(u.read_documents(str(tmp_path / "a.md")))
+    (tmp_path / "b.txt").write_text("x")
+    (tmp_path / "c.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(u.UserError, match="it holds .jsonl, .txt"):
+        next(u.read_documents(str(tmp_path)))
+
+
+def test_a_window_longer_than_the_model_is_refused(folder):
+    with pytest.raises(u.UserError, match="seq_len 129 is more than the 128 positions"):
+        u.find_hook(str(folder / "model"), 1, seq_len=129)
+
+
+def test_a_local_path_is_never_called_gated(tmp_path):
+    (tmp_path / "exp401").mkdir()
+    with pytest.raises(u.UserError, match="could not be loaded"):
+        u.find_hook(str(tmp_path / "exp401"), 1)
+
+
+def test_a_name_that_the_hub_does_not_know():
+    class RepositoryNotFoundError(OSError):
+        pass
+
+    with pytest.raises(u.UserError, match="model x/y does not exist on the Hugging Face hub, or is private"), u.hub_errors("model", "x/y"):
+        raise OSError("401 Client Error") from RepositoryNotFoundError()
+
+
+@pytest.mark.parametrize("name", ["activations", "tiny-model", "."])
+def test_names_kept_for_other_things(name):
+    with pytest.raises(u.UserError, match="is kept for other things"):
+        experiment.run_folder(experiment.check_params("sae_training", {"run_dir": f"runs/{name}"}))
+
+
+def test_two_processes_do_not_work_on_one_run(folder, capsys):
+    flags = ["-p", "model_name", f"{folder}/model", "-p", "dataset_name", f"{folder}/text.jsonl", "-p", "run_dir", f"{folder}/one"]
+    (folder / "one").mkdir()
+    with filelock.FileLock(folder / "one" / ".lock"):
+        assert experiment.main(["sae_training", *flags]) == 2
+    assert "is being worked on by another process" in capsys.readouterr().err
 
 
 def test_patching_needs_a_finished_run(folder):
@@ -189,9 +242,21 @@ def test_files_appear_only_when_whole(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"nan": None, "1": [None, "é"]}
 
 
+def test_characters_spread_over_tokens_are_put_together():
+    byte_level = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    byte_level.train_from_iterator(["a"], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, vocab_size=300))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level)
+    ids = u.encode_text(tokenizer, ["é 猫"])[0]
+    assert len(ids) == 6 and u.TokenText(tokenizer)(ids) == "é 猫"
+
+
 def test_token_text_and_escapes(tokenizer):
     as_text = u.TokenText(tokenizer)
-    assert as_text(tokenizer("the red cat")["input_ids"]) == " the red cat"
+    assert as_text(tokenizer("the red cat")["input_ids"]) == " the red cat" == "".join(map(as_text, tokenizer("the red cat")["input_ids"]))
     assert u.plot_text("a$b$\n\t") == r"a\$b\$··"
-    page = u.shade(["<script>", '"&', "猫"], [0.0, 1.0, 0.5])
-    assert "<script>" not in page and "&lt;script&gt;" in page and "&quot;&amp;" in page and "1.00" in page
+    page = u.shade(["<script>", '"&', "猫"], [0.0, 4.0, 1.0])
+    assert "<script>" not in page and "&lt;script&gt;" in page and "&quot;&amp;" in page
+    assert [float(alpha) for alpha in re.findall(r"255,140,0,([0-9.]+)\)", page)] == [0, 1, 0.25]

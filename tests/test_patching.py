@@ -1,8 +1,12 @@
 """Edits land where they should, do what they say, and nothing else."""
 
+import types
+
+import numpy as np
 import pytest
 import torch
-from conftest import HOOK, gemma
+import transformers
+from conftest import HOOK, gemma, gpt2
 
 import sae_utils as u
 
@@ -57,7 +61,13 @@ def test_operations_by_hand():
     assert acts.tolist() == [[1, 0, 2, 3]]  # never in place
 
 
-@pytest.mark.parametrize("latent", [-1, 4, 2.5, True])
+def test_latents_may_be_any_whole_numbers():
+    acts = torch.ones(1, 4)
+    for ids in (2, [2], torch.tensor([2]), np.array([2]), range(2, 3), {2}):
+        assert u.ablate(ids)(acts).tolist() == [[1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("latent", [-1, 4, 2.5, True, "2"])
 def test_latents_outside_the_sae_are_refused(latent):
     with pytest.raises(u.UserError, match="valid latents are 0 to 3"):
         u.ablate([latent])(torch.zeros(1, 4))
@@ -84,16 +94,11 @@ def edited_positions(model, tokenizer, sae, scope, prompts, new=4):
             return out
 
         wrapper.edit = spy
-        model.generation_config.eos_token_id = None
-        u.generate(model, _never_ending(tokenizer), prompts, new)
+        own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+        endless = types.SimpleNamespace(bos_token_id=tokenizer.bos_token_id, eos_token_id=None)  # so that the length is known
+        u.generate(model, endless, prompts, new)
+        model.generation_config = own
     return seen
-
-
-class _never_ending:
-    """A tokenizer without an end of text, so that generation has a known length."""
-
-    def __init__(self, tokenizer):
-        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, None
 
 
 def test_where_each_scope_lands(model, tokenizer, sae):
@@ -121,6 +126,32 @@ def test_batched_patched_generation_equals_single(model, tokenizer, sae):
             alone = torch.cat([u.next_logprobs(model, [p]) for p in prompts])
             torch.testing.assert_close(u.next_logprobs(model, prompts), alone, rtol=1e-4, atol=1e-4)
     assert any(text != untouched for text in texts)
+
+
+def test_a_batch_of_prompts_equals_one_at_a_time_with_absolute_positions(tokenizer):
+    model, prompts = gpt2(), [[3, 5, 6, 7, 8, 9, 10], [3, 9, 10], [3, 12, 13, 14]]
+    alone = torch.cat([u.next_logprobs(model, [p]) for p in prompts])
+    torch.testing.assert_close(u.next_logprobs(model, prompts), alone, rtol=1e-4, atol=1e-4)
+    by_hand = torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in prompts])
+    torch.testing.assert_close(alone, by_hand, rtol=1e-4, atol=1e-4)
+    assert u.generate(model, tokenizer, prompts, 6) == [u.generate(model, tokenizer, [p], 6)[0] for p in prompts]
+
+
+def test_generation_ignores_the_models_own_habits(model, tokenizer):
+    prompts = [[3, 5, 6, 7]]
+    plain, own = u.generate(model, tokenizer, prompts, 8), model.generation_config
+    draws = [u.generate(model, tokenizer, prompts, 8, temperature=2.0, seed=s) for s in range(4)]
+    try:
+        model.generation_config = transformers.GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, top_k=1)
+        assert u.generate(model, tokenizer, prompts, 8) == plain
+        assert [u.generate(model, tokenizer, prompts, 8, temperature=2.0, seed=s) for s in range(4)] == draws
+    finally:
+        model.generation_config = own
+
+
+def test_temperature_spreads_the_choice(model, tokenizer):
+    draw = lambda t: {str(u.generate(model, tokenizer, [[3, 5, 6, 7]], 3, temperature=t, seed=s)) for s in range(12)}
+    assert draw(1e-4) == {str(u.generate(model, tokenizer, [[3, 5, 6, 7]], 3))} and len(draw(50.0)) > 6
 
 
 def test_sampling_repeats_with_its_seed(model, tokenizer):

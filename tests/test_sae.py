@@ -105,7 +105,7 @@ def test_activation_stats_in_chunks_of_unequal_size():
 
 
 def test_saved_sae_loads_the_same_with_plain_types_only(sae, tmp_path):
-    sae.config, sae.norm_scale = {"model_name": "m", "layer": 3}, 2.5
+    sae.config, sae.norm_scale, sae.apply_b_dec_to_input = {"model_name": "m", "layer": 3}, 2.5, True
     sae.density.uniform_()
     sae.save(tmp_path / "sae.pth")
     saved = torch.load(tmp_path / "sae.pth", weights_only=True)
@@ -113,6 +113,19 @@ def test_saved_sae_loads_the_same_with_plain_types_only(sae, tmp_path):
     again, x = u.SAE.load(tmp_path / "sae.pth"), torch.randn(7, 16)
     assert torch.equal(again(x), sae(x)) and torch.equal(again.density, sae.density) and again.config["layer"] == 3
     assert [f.name for f in tmp_path.iterdir()] == ["sae.pth"]
+
+
+def test_a_file_of_another_format_is_refused(sae, tmp_path):
+    sae.save(tmp_path / "sae.pth")
+    saved = torch.load(tmp_path / "sae.pth", weights_only=True)
+    torch.save(saved | {"format_version": 99}, tmp_path / "sae.pth")
+    with pytest.raises(u.UserError, match="has format 99"):
+        u.SAE.load(tmp_path / "sae.pth")
+
+
+def test_a_row_at_the_mean_stays_finite(sae):
+    x = sae.mean.clone()[None]
+    assert sae(x).isfinite().all() and not sae.normalise(x)[0].any()
 
 
 def test_apply_b_dec_to_input(sae):
