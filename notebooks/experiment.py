@@ -291,7 +291,7 @@ def execute(source: Path, folder: Path, params: dict) -> None:
 
 
 def main(args: list[str]) -> int:
-    """0 when all went well; 2 for a mistake the user can mend, told in one sentence; else 1."""
+    """0 when all went well; 2 for a mistake the user can mend, told in one sentence; 130 interrupted; else 1."""
     import click
     import papermill
 
@@ -310,6 +310,9 @@ def main(args: list[str]) -> int:
         mistake = error.ename == "UserError"
         print(f"Error: {error.evalue}" if mistake else "\n".join(error.traceback), file=sys.stderr)
         return 2 if mistake else 1
+    except KeyboardInterrupt:
+        print("Interrupted: the same command starts this again; what was harvested is kept.", file=sys.stderr)
+        return 130
     return 0
 
 
