@@ -149,6 +149,7 @@ def test_the_patch_does_something_a_person_can_see(patch):
     result = read(patch / "patching.json")
     assert result["prompts"] == 10 and result["prompts_hit"] >= 8
     assert sorted(result["control_hits"])[len(result["control_hits"]) // 2] <= 2 and len(result["controls"]) == 20
+    assert result["controls_as_good"] == 0 and max(result["control_log_odds_change"]) < sum(r["log_odds_change"] for r in result["comparison"]) / 10
     for row in result["comparison"]:
         texts = {arm: "".join(piece["text"] for piece in row[arm]) for arm in ("original", "reconstruction", "patched")}
         assert all(texts.values()) and not any(piece["differs"] for piece in row["original"])
