@@ -69,14 +69,23 @@ train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED
 patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]
 	$(if $(RUN),,$(error say which run to patch: make patch RUN=name))$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(RUN)' $(P)
 
-# One target for each pair of layer and L1 coefficient, such as cell/6/3e-4.
 LAYERS ?= 6
+ACTIVATIONS = $(LAUNCH) activations '$(LAYERS)' $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
+.PHONY: activations sweep-activations
+activations: $(READY) ## harvest several layers in one pass: LAYERS="2 6 10" [PARAMS=file] [MODEL=] [DATASET=]
+	$(ACTIVATIONS)
+
+# One pass for all layers of a sweep. Exit 2 is a mistake in one of them, which its own cells meet again.
+sweep-activations: $(READY)
+	@$(ACTIVATIONS) || test $$? -eq 2
+
+# One target for each pair of layer and L1 coefficient, such as cell/6/3e-4.
 L1S ?= 3e-4
 SWEEP ?= sweep
 CELLS := $(foreach layer,$(LAYERS),$(foreach l1,$(L1S),cell/$(layer)/$(l1)))
 .PHONY: sweep $(CELLS)
 sweep: $(CELLS) ## train every pair of LAYERS="1 2 3" and L1S="1e-4 3e-4" (-j2: two at once, -k: past failures)
-$(CELLS): $(READY)
+$(CELLS): sweep-activations
 	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P) -p layer $(word 2,$(subst /, ,$@)) \
 	  -p l1_coeff $(word 3,$(subst /, ,$@)) -p run_dir runs/$(SWEEP)-L$(word 2,$(subst /, ,$@))-l1_$(word 3,$(subst /, ,$@))
 
@@ -91,6 +100,11 @@ test: $(READY) ## all tests, the notebooks on the tiny model included
 .PHONY: smoke
 smoke: $(READY) ## only the notebooks on the tiny model
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests/test_notebooks.py
+
+PART ?=
+.PHONY: bench
+bench: $(READY) ## ratios against other ways of doing the same, into runs/bench.json: [PART=harvest]
+	$(PY) tests/bench.py $(PART)
 
 .PHONY: clean
 clean: ## delete what can be rebuilt: stored activations, the tiny model, Python's caches

@@ -5,30 +5,26 @@
     x_unit_hat = acts @ W_dec + b_dec                  rows of W_dec have unit norm
     x_hat      = x_unit_hat * norm + mean
 
-Sections, in the order the data flows: small things, model, text, activations, SAE, training,
-metrics, editing, looking. Importing this module does nothing else.
+Sections, in the order the data flows: small things, model, activations, SAE, training, metrics,
+editing, looking. notebooks/harvest.py brings text to the model and activations to the disk.
+Importing this module does nothing else.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import html
-import itertools
 import json
 import math
 import operator
 import os
 import re
 import runpy
-import shutil
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -230,12 +226,6 @@ def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: 
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def as_loaded(params: dict, model) -> dict:
-    """The parameters with what `load_model` settled: the commit of a model from the hub, and the dtype."""
-    commit = getattr(model.config, "_commit_hash", None) or params["model_revision"]
-    return params | {"model_revision": commit, "dtype": str(model.dtype).removeprefix("torch.")}
-
-
 def special_ids(tokenizer) -> list[int]:
     """Ids of BOS, EOS, padding, unknown, turn marks, …: tokens that are not text."""
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
@@ -255,71 +245,8 @@ def pad(sequences: list[list[int]], side: str = "right", device: str = "cpu") ->
 
 
 # ---------------------------------------------------------------------------------------------
-# Text: documents, windows
+# Tokens in, activations out: the forward pass that stops at the hook
 # ---------------------------------------------------------------------------------------------
-
-TEXT_KINDS = {  # suffix of a local file -> the builder of `datasets` that reads it, and its options
-    ".jsonl": ("json", {}),
-    ".txt": ("text", {"sample_by": "document"}),
-    ".parquet": ("parquet", {}),
-}
-ARTICLE = re.compile(r"^ = [^=].*[^=] = \s*$")  # WikiText's mark of a new article
-
-
-def read_documents(dataset_name: str, config: str = "", split: str = "train", text_column: str = "text", revision: str = ""):
-    """Yields documents: rows of a .jsonl file, whole .txt files, a folder of either, or a `datasets` id.
-
-    WikiText's rows are lines: they are joined into articles. `config` and `split` are ignored for
-    local text. Raises UserError before the first document where there is no text.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    source = local_or_hub(dataset_name, "dataset")
-    options = {"name": config or None, "split": split, "revision": revision or None}
-    if Path(source).exists():
-        files = text_files(Path(source))
-        kinds = {file.suffix.lower() for file in files}
-        if len(kinds) != 1 or not kinds <= set(TEXT_KINDS):
-            found = ", ".join(sorted(kinds)) or "nothing"
-            raise UserError(f"dataset {dataset_name} must be {', '.join(TEXT_KINDS)} files, all of one kind; it holds {found}.")
-        if not any(file.stat().st_size for file in files):
-            raise UserError(f"dataset {dataset_name} is empty: it holds no text.")
-        source, more = TEXT_KINDS[kinds.pop()]
-        options = {"data_files": [str(file) for file in files], "split": "train", **more}
-    use_hf_token()
-    with hub_errors("dataset", dataset_name):
-        rows = datasets.load_dataset(source, **options)
-    if text_column not in rows.column_names:
-        raise UserError(f"dataset {dataset_name} has no column {text_column}; it has: {', '.join(rows.column_names)}.")
-    if not isinstance(next((value for value in rows[:1000][text_column] if value is not None), ""), str):
-        raise UserError(f"dataset {dataset_name}: column {text_column} does not hold text.")
-    texts = (row[text_column] for row in rows.select_columns([text_column]))
-    texts = (text for text in texts if text and text.strip())
-    first = next(texts, None)
-    if first is None:
-        raise UserError(f"dataset {dataset_name} is empty: column {text_column} holds no text.")
-    texts = itertools.chain([first], texts)
-    are_lines = any(ARTICLE.match(text or "") for text in rows[:1000][text_column])
-    yield from _join_articles(texts) if are_lines else texts
-
-
-def text_files(path: Path) -> list[Path]:
-    """The files of local text: `path` itself, or all in that folder, but for hidden ones and notes (.md)."""
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    return [file for file in files if file.suffix.lower() != ".md"]
-
-
-def _join_articles(lines):
-    article = [next(lines)]
-    for line in lines:
-        if ARTICLE.match(line):
-            yield "".join(article)
-            article = []
-        article.append(line)
-    yield "".join(article)
 
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -333,77 +260,8 @@ def with_bos(tokenizer, ids: list[int]) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-def cut_windows(tokenizer, documents, seq_len: int, n_rows: int):
-    """Cuts whole documents into windows of `seq_len` tokens, BOS in front of each, until `n_rows` rows.
-
-    Returns (windows, window_document): token ids of each window, and its document's number. The
-    last window of a document is as short as what is left. Rows are counted as `text_positions` does.
-    """
-    special, step = set(special_ids(tokenizer)), seq_len - (tokenizer.bos_token_id is not None)
-    windows, owners, rows, number, batch = [], [], 0, 0, []
-
-    def cut(batch):
-        nonlocal rows, number
-        for ids in encode_text(tokenizer, batch):
-            for start in range(0, len(ids), step):
-                if rows >= n_rows:
-                    return
-                window = with_bos(tokenizer, ids[start : start + step])
-                windows.append(window)
-                owners.append(number)
-                rows += len(text_positions(window, special, tokenizer.bos_token_id))
-            number += 1
-
-    for document in documents:
-        batch.append(document)
-        if len(batch) == 256:
-            cut(batch)
-            batch = []
-            if rows >= n_rows:
-                break
-    if batch:
-        cut(batch)
-    return windows, owners
-
-
-def text_positions(window: list[int], special: set[int], bos: int | None) -> list[int]:
-    """Positions of a window whose activations are kept: no special token; without BOS, not the first
-    token either, since it takes BOS's part as the attention sink."""
-    return [i for i, token in enumerate(window) if token not in special and (i > 0 or bos is not None)]
-
-
-def held_out_documents(n_documents: int, fraction: float) -> list[bool]:
-    """Which documents are held out: an even spread of about `fraction`, at least one, never all."""
-    chosen = [math.floor((i + 1) * fraction) > math.floor(i * fraction) for i in range(n_documents)]
-    if n_documents > 1 and not any(chosen):
-        chosen[-1] = True
-    return chosen
-
-
-def split_windows(window_document: list[int], fraction: float) -> tuple[Tensor, Tensor]:
-    """(train, held_out), boolean masks over windows; a document's windows are all in one of them.
-
-    A single document is split in two contiguous blocks with a window between them in neither.
-    """
-    owners = torch.tensor(window_document)
-    n_documents = int(owners.max()) + 1
-    if n_documents > 1:
-        held_out = torch.tensor(held_out_documents(n_documents, fraction))[owners]
-        return ~held_out, held_out
-    first = len(owners) - max(1, round(len(owners) * fraction))
-    index = torch.arange(len(owners))
-    if first < 2:
-        raise UserError(f"the text fills only {len(owners)} windows: too few to train on some and hold others out.")
-    return index < first - 1, index >= first
-
-
-# ---------------------------------------------------------------------------------------------
-# Activations: the forward pass that stops at the hook, the store of rows
-# ---------------------------------------------------------------------------------------------
-
-
 class _Reached(Exception):
-    """Raised in the hook: nothing after the hooked layer is computed."""
+    """Raised in the last hook: nothing after it is computed."""
 
 
 def first_output(output) -> Tensor:
@@ -412,165 +270,33 @@ def first_output(output) -> Tensor:
 
 
 @torch.inference_mode()
-def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The hooked module's output, (batch, seq, d_in); no later layer, norm or head runs."""
-    caught: list[Tensor] = []
+def run_to_hooks(model, hook_names: list[str], input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """The hooked modules' outputs, each (batch, seq, d_in); nothing after the last of them runs, no
+    later layer, final norm or head. `attention_mask` None: no position is padding."""
+    caught: dict[str, Tensor] = {}
 
-    def stop(module, args, output):
-        caught.append(first_output(output).detach())
-        raise _Reached
+    def catch(module, args, output, name):
+        caught[name] = first_output(output).detach()
+        if len(caught) == len(hook_names):
+            raise _Reached
 
-    handle = model.get_submodule(hook_name).register_forward_hook(stop)
+    handles = [model.get_submodule(name).register_forward_hook(partial(catch, name=name)) for name in hook_names]
     try:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     except _Reached:
         pass
     finally:
-        handle.remove()
-    if not caught:
-        raise UserError(f"hook {hook_name} is never called in a forward pass: name a module that computes something.")
-    return caught[0].reshape(*input_ids.shape, -1)  # OPT flattens batch and sequence inside its layers
+        for handle in handles:
+            handle.remove()
+    for name in hook_names:
+        if name not in caught:
+            raise UserError(f"hook {name} is never called in a forward pass: name a module that computes something.")
+    return [caught[name].reshape(*input_ids.shape, -1) for name in hook_names]  # OPT flattens batch and sequence
 
 
-@dataclass
-class Rows:
-    """Activations and, aligned with them, where each row comes from."""
-
-    activations: Tensor  # (N, d_in), memory-mapped, in the storage dtype
-    token_ids: Tensor  # (N,) the token at which the row was computed
-    window: Tensor  # (N,) index into `windows`
-    position: Tensor  # (N,) position in the window, BOS being 0
-    windows: list[list[int]]  # token ids of each window, BOS included
-    window_document: list[int]  # document number of each window
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-
-def fingerprint(name: str, files: list[Path], **pinned) -> str:
-    """A digest of what local files hold, or, where there are none, of a hub id and what pins it."""
-    digest = hashlib.sha256(json.dumps([pinned, "" if files else name], sort_keys=True).encode())
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:24]
-
-
-def activation_key(params: dict, hook_name: str) -> dict:
-    """Everything that changes the rows; its digest names their folder."""
-    model, text = resolve(params["model_name"]), resolve(params["dataset_name"])
-    weights = sorted(f for f in model.iterdir() if f.is_file() and not f.name.startswith(".")) if model.is_dir() else []
-    pins = ("dataset_revision", "dataset_config", "dataset_split") if not text.exists() else ()
-    return {
-        "model": fingerprint(params["model_name"], weights, revision="" if weights else params["model_revision"]),
-        "text": fingerprint(params["dataset_name"], text_files(text) if text.exists() else [], **{n: params[n] for n in pins}),
-        "hook": hook_name,
-        "format": FORMAT_VERSION,
-        **{name: params[name] for name in ("text_column", "dtype", "seq_len", "n_activations", "activation_dtype")},
-    }
-
-
-def harvest(model, tokenizer, hook_name: str, documents, folder: Path, key: dict, batch_windows: int = 32) -> None:
-    """Fills `folder` with the first `n_activations` rows of the documents, in document order.
-
-    Batches hold windows of similar length, sorted within a buffer. The folder appears only when it
-    is whole. Prints a line every ten seconds. Raises UserError where the text holds no row.
-    """
-    n_rows, storage = key["n_activations"], getattr(torch, key["activation_dtype"])
-    special, bos = set(special_ids(tokenizer)), tokenizer.bos_token_id
-    windows, owners = cut_windows(tokenizer, documents, key["seq_len"], n_rows)
-    kept = [text_positions(window, special, bos) for window in windows]
-    total = min(n_rows, sum(map(len, kept)))
-    if total == 0:
-        raise UserError("the text holds no token that is not a special one: there is nothing to train on.")
-
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for left_over in (temporary, folder):  # of a harvest that was killed; the caller holds the lock
-        shutil.rmtree(left_over, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    due, start, done, d_in = Every(10), time.monotonic(), 0, 0
-    token_ids, window_of, position_of = [], [], []
-    try:
-        with (temporary / "rows.bin").open("wb") as file:
-            for first in range(0, len(windows), 1024):
-                order = sorted(range(first, min(first + 1024, len(windows))), key=lambda w: len(windows[w]))
-                found: dict[int, Tensor] = {}
-                for at in range(0, len(order), batch_windows):
-                    batch = order[at : at + batch_windows]
-                    ids, mask = pad([windows[w] for w in batch], device=model.device)
-                    out = run_to_hook(model, hook_name, ids, mask)
-                    found.update({w: out[row, kept[w]].to(storage).cpu() for row, w in enumerate(batch)})
-                    if due():
-                        so_far = done + sum(map(len, found.values()))
-                        rate = max(1, so_far) / (time.monotonic() - start)
-                        left = (total - so_far) / rate / 60
-                        print(f"harvest: {so_far:,} of {total:,} rows, {rate:,.0f} rows/s, {left:.1f} min left")
-                for w in sorted(found):
-                    n = min(len(kept[w]), total - done)
-                    d_in = found[w].shape[-1]
-                    if not found[w].isfinite().all():
-                        raise UserError(f"an activation is not a finite number in {key['activation_dtype']}: try bfloat16 or float32.")
-                    file.write(found[w][:n].contiguous().view(torch.uint8).numpy().tobytes())
-                    token_ids += [windows[w][p] for p in kept[w][:n]]
-                    window_of += [w] * n
-                    position_of += kept[w][:n]
-                    done += n
-        flat = np.concatenate([np.asarray(window, np.int32) for window in windows])
-        np.savez(
-            temporary / "tokens.npz", token_ids=np.asarray(token_ids, np.int32), window=np.asarray(window_of, np.int32),
-            position=np.asarray(position_of, np.int32), flat=flat, lengths=np.asarray([len(w) for w in windows], np.int32),
-            window_document=np.asarray(owners, np.int32),
-        )  # fmt: skip
-        write_json(temporary / "manifest.json", {"key": key, "rows": total, "d_in": d_in})
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def open_rows(folder: Path) -> Rows:
-    """The rows that `harvest` wrote to `folder`. Raises UserError where they are not whole."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    n, d_in, dtype = manifest["rows"], manifest["d_in"], getattr(torch, manifest["key"]["activation_dtype"])
-    if (folder / "rows.bin").stat().st_size != n * d_in * dtype.itemsize:
-        raise UserError(f"{show_path(folder)} is damaged (rows.bin has the wrong length): delete that folder to harvest again.")
-    arrays = np.load(folder / "tokens.npz")
-    windows = [part.tolist() for part in np.split(arrays["flat"], np.cumsum(arrays["lengths"])[:-1])]
-    rows = torch.from_file(str(folder / "rows.bin"), shared=False, size=n * d_in, dtype=dtype).view(n, d_in)
-    columns = (torch.from_numpy(arrays[name]).long() for name in ("token_ids", "window", "position"))
-    return Rows(rows, *columns, windows, arrays["window_document"].tolist())
-
-
-def get_rows(model, tokenizer, hook_name: str, params: dict, cache: Path) -> Rows:
-    """Rows from the folder `cache` that runs share, harvested first where they are not there yet.
-
-    `params` has the model's commit and dtype as they came to be: see `as_loaded`. Two runs that want
-    the same rows at once: one harvests, the other waits and says so.
-    """
-    import filelock
-
-    key = activation_key(params, hook_name)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / digest
-    cache.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(str(folder) + ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"another run is harvesting {show_path(folder)}: waiting for it")
-        lock.acquire()
-    try:
-        if not (folder / "manifest.json").exists():
-            harvest(model, tokenizer, hook_name, documents_of(params), folder, key)
-    finally:
-        lock.release()
-    return open_rows(folder)
-
-
-def documents_of(params: dict):
-    """`read_documents` with a training run's parameters."""
-    return read_documents(
-        params["dataset_name"], params["dataset_config"], params["dataset_split"], params["text_column"], params["dataset_revision"]
-    )
+def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """`run_to_hooks` for one hook."""
+    return run_to_hooks(model, [hook_name], input_ids, attention_mask)[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -823,7 +549,7 @@ def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) ->
     for batch in batches(windows, model):
         out = run_to_hook(model, module_name, *pad(batch, device=model.device))
         for row, window in enumerate(batch):
-            kept = out[row, text_positions(window, special, bos)]
+            kept = out[row, [i for i, token in enumerate(window) if token not in special and (i > 0 or bos is not None)]]
             total, count = total + kept.cpu().double().sum(0), count + len(kept)
     return (total / count).float()
 

@@ -2,7 +2,8 @@
 
     python notebooks/experiment.py NOTEBOOK [papermill flags]
 
-is what `make train` and `make patch` call. papermill executes whatever it is given and writes over
+is what `make train` and `make patch` call (`activations "2 6 10"` in place of a notebook: harvest
+those layers). papermill executes whatever it is given and writes over
 what is there; so parameters are checked and the run's folder is looked at first, in a second and
 with one sentence for a mistake. The notebooks make the same checks in their first cells.
 """
@@ -290,6 +291,35 @@ def execute(source: Path, folder: Path, params: dict) -> None:
     failed.unlink(missing_ok=True)
 
 
+def harvest_layers(layers: str, flags: list[str]) -> None:
+    """Harvests the activations of several layers in one pass, for training runs with the same flags.
+
+    Wrong layers are told at the end, when the others are done.
+    """
+    import harvest
+
+    params = check_params("sae_training", given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags))
+    layer = declared_params("sae_training")["layer"]
+    hooks, mistakes = [], []
+    for word in layers.replace(",", " ").split():
+        try:
+            number = layer.checked(int(word) if word.isdigit() else word)
+            hooks.append(sae_utils.find_hook(params["model_name"], number, params["hook"], params["model_revision"], params["seq_len"]))
+        except sae_utils.UserError as error:
+            mistakes.append(str(error))
+    if hooks:
+        text = harvest.open_text(params)
+        device = sae_utils.pick_device(params["device"])
+        model, tokenizer = sae_utils.load_model(params["model_name"], params["model_revision"], device, params["dtype"])
+        loaded = harvest.as_loaded(params, model, tokenizer, text)
+        cache = cache_folder(sae_utils.resolve(params["run_dir"] or "runs/any"))
+        folders = harvest.fill(model, tokenizer, list(dict.fromkeys(hooks)), loaded, cache, lambda plan: print(harvest.card(plan), flush=True))
+        for hook, folder in folders.items():
+            print(f"{hook}: {sae_utils.show_path(folder)}")
+    if mistakes:
+        raise sae_utils.UserError(" ".join(dict.fromkeys(mistakes)))
+
+
 def main(args: list[str]) -> int:
     """0 when all went well; 2 for a mistake the user can mend, told in one sentence; 130 interrupted; else 1."""
     import click
@@ -299,7 +329,10 @@ def main(args: list[str]) -> int:
     noise = ("Executing", "Ending", "Input", "Output", "Working", "Passed unknown")
     logging.getLogger("papermill").addFilter(lambda record: not record.getMessage().startswith(noise))
     try:
-        launch(args[0], args[1:])
+        if args[0] == "activations":
+            harvest_layers(args[1], args[2:])
+        else:
+            launch(args[0], args[1:])
     except sae_utils.UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

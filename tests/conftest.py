@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import experiment
+import harvest
 import sae_utils
 
 WORDS = "the a cat dog bird red blue big small sees likes has and not here there . ? one two".split()
@@ -106,4 +107,10 @@ def training_params(folder: Path, **changes) -> dict:
     """Parameters of a small run on `folder`."""
     given = {"model_name": str(folder / "model"), "dataset_name": str(folder / "text.jsonl"), "layer": 1, "n_activations": 1500}
     given |= {"seq_len": 16, "activation_dtype": "float32", "run_dir": str(folder / "runs" / "one"), "l1_coeff": 0.02}
-    return experiment.check_params("sae_training", given | changes) | {"dtype": "float32"}
+    return experiment.check_params("sae_training", given | changes)
+
+
+def loaded_params(folder: Path, model, tokenizer, **changes) -> dict:
+    """`training_params` with what came of them when model and text were read."""
+    params = training_params(folder, **changes)
+    return harvest.as_loaded(params, model, tokenizer, harvest.open_text(params))

@@ -1,20 +1,41 @@
-"""Rows are the right tokens' activations, and only those."""
+"""Rows are the right tokens' activations, and only those; the store keeps them whole."""
 
+import errno
+import hashlib
 import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import HOOK, gemma, sentences, training_params, word_tokenizer
+from conftest import HOOK, ROOT, gemma, loaded_params, sentences, word_tokenizer
 
+import experiment
+import harvest
 import sae_utils as u
 
 
 def rows_of(folder, model, tokenizer, **changes):
-    return u.get_rows(model, tokenizer, HOOK, training_params(folder, **changes), folder / "activations")
+    return harvest.get_rows(model, tokenizer, HOOK, loaded_params(folder, model, tokenizer, **changes), folder / "activations")
+
+
+def cut(tokenizer, documents, seq_len, n_rows, **more):
+    """(windows as lists, document of each, counts)"""
+    tokens, counts = harvest.cut_windows(tokenizer, documents, seq_len, n_rows, **more)
+    return list(harvest.Windows(tokens["flat"], tokens["starts"])), tokens["window_document"].tolist(), counts
+
+
+def store_of(folder):
+    (manifest,) = (folder / "activations").glob("*/manifest.json")
+    return manifest.parent
 
 
 def test_each_row_is_the_activation_at_its_token(folder, model, tokenizer):
@@ -43,24 +64,66 @@ def test_rows_are_all_text_tokens_in_document_order(folder, model, tokenizer):
 
 
 def test_special_tokens_and_bos_leave_no_row(tokenizer):
-    special, bos = set(u.special_ids(tokenizer)), tokenizer.bos_token_id
-    window = [bos, 5, tokenizer.eos_token_id, 6, tokenizer.unk_token_id, tokenizer.pad_token_id, 7]
-    assert u.text_positions(window, special, bos) == [1, 3, 6]
-    assert u.text_positions([5, 6, tokenizer.eos_token_id, 7], special, None) == [1, 3]  # the first is the sink
+    text = "the <eos> cat <unk> <pad> dog"
+    tokens, counts = harvest.cut_windows(tokenizer, [text, "<eos> <pad>", "red"], 8, 100)
+    assert tokenizer.decode(tokens["token_ids"]) == "the cat dog red"
+    assert tokens["position"].tolist() == [1, 3, 6, 1] and tokens["window"].tolist() == [0, 0, 0, 1]
+    assert counts["documents_without_text"] == 1 and counts["documents"] == 2 and counts["special_tokens"] == 3
+    assert counts["bos_tokens"] == 2 and counts["rows"] == 4 and counts["tokens"] == 9
 
 
 def test_windows_without_bos_drop_the_first_token():
     tokenizer = word_tokenizer(with_bos=False)
-    windows, owners = u.cut_windows(tokenizer, ["the cat sees a dog ."], 4, 100)
-    assert [tokenizer.decode(w) for w in windows] == ["the cat sees a", "dog ."] and owners == [0, 0]
+    windows, owners, counts = cut(tokenizer, ["the cat sees a dog .", "two red bird here one"], 4, 100)
+    # the last word of the second document stands alone: as the first token of its window it gives no row
+    assert [tokenizer.decode(w) for w in windows] == ["the cat sees a", "dog .", "two red bird here"] and owners == [0, 0, 1]
+    assert counts["rows"] == 3 + 1 + 3 and counts["first_tokens"] == 3 and counts["windows_without_text"] == 1
 
 
 def test_windows_begin_with_bos_once_and_keep_every_token(tokenizer, fresh_seed):
     texts = sentences(20, seed=fresh_seed)
-    windows, owners = u.cut_windows(tokenizer, texts, 8, 10**9)
+    windows, owners, _ = cut(tokenizer, texts, 8, 10**9)
     assert all(w[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in w[1:] and len(w) <= 8 for w in windows)
     for d, text in enumerate(texts):
         assert tokenizer.decode([t for w, o in zip(windows, owners, strict=True) if o == d for t in w[1:]]) == text
+
+
+def test_text_of_only_special_tokens_is_refused(tokenizer):
+    with pytest.raises(u.UserError, match="no token that is not a special one"):
+        harvest.cut_windows(tokenizer, ["<eos>", "<pad> <unk>"], 8, 100)
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<eos> {{ m.role }} {{ m.content }} {% endfor %}"
+
+
+def test_chats_go_through_the_template_with_one_bos(tokenizer, tmp_path):
+    chatty = word_tokenizer()
+    chatty.chat_template = TEMPLATE
+    chatty.add_tokens(["user", "assistant"])
+    document = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sees a dog"}]
+    for documents in ([document], ["the cat\n\nsees a dog\n"]):  # plain text: its first line is the user's
+        (window,), _, counts = cut(chatty, documents, 32, 100, chat=True)
+        assert chatty.decode(window) == "<bos> <eos> user the cat <eos> assistant sees a dog"
+        assert counts["rows"] == 7 and counts["special_tokens"] == 2
+    windows, _, _ = cut(chatty, [document], 5, 100, chat=True)
+    assert all(w.count(chatty.bos_token_id) == 1 and w[0] == chatty.bos_token_id for w in windows)
+    chatty.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(u.UserError, match="does not fit the model's chat template .roles must alternate"):
+        cut(chatty, [document], 32, 100, chat=True)
+
+
+def test_chat_with_a_model_that_has_no_template_is_refused(folder, model, tokenizer):
+    with pytest.raises(u.UserError, match="has no chat template: use an instruct model, or chat false"):
+        loaded_params(folder, model, tokenizer, chat=True)
+
+
+def test_a_column_of_messages_is_read_for_chats(tmp_path):
+    messages = [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in messages))
+    text = open_local(tmp_path / "chats.jsonl", text_column="messages", chat=True)
+    assert [document[0]["content"] for document in text] == ["one", "two"]
+    with pytest.raises(u.UserError, match="column messages does not hold text"):
+        open_local(tmp_path / "chats.jsonl", text_column="messages")
 
 
 def test_bos_is_not_doubled(tokenizer):
@@ -73,32 +136,169 @@ def test_storage_in_bfloat16_is_the_rounded_row(folder, model, tokenizer):
     assert torch.equal(rounded.activations, exact.activations.bfloat16())
 
 
+def test_what_rounding_costs_is_measured_on_the_distance_from_the_mean(folder, tokenizer):
+    model = gemma()
+    model.get_submodule(HOOK).bias = torch.nn.Parameter(torch.full((16,), 30.0), requires_grad=False)  # a large mean
+    exact = rows_of(folder, model, tokenizer)
+    rounded = rows_of(folder, model, tokenizer, activation_dtype="bfloat16")
+    lost = (exact.activations.double() - rounded.activations.double()).square().sum().item()
+    assert sum(shard["rounding"] for shard in rounded.manifest["shards"]) == pytest.approx(lost, rel=1e-4)
+    assert sum(shard["rounding"] for shard in exact.manifest["shards"]) == 0
+    assert lost / (exact.activations.double() - exact.activations.double().mean(0)).square().sum() > 1e-4
+
+
 def test_rows_are_harvested_once(folder, model, tokenizer, monkeypatch):
     rows_of(folder, model, tokenizer)
-    monkeypatch.setattr(u, "harvest", lambda *a: pytest.fail("harvested again"))
+    monkeypatch.setattr(harvest, "harvest", lambda *a: pytest.fail("harvested again"))
     rows_of(folder, model, tokenizer)
-    rows_of(folder, model, tokenizer, lr=1e-4, expansion=2, seed=5)  # none of this changes the rows
+    rows_of(folder, model, tokenizer, lr=1e-4, expansion=2, seed=5, non_finite="drop")  # none of this changes the rows
 
 
-def test_whatever_changes_the_rows_changes_their_key(folder):
-    params = training_params(folder)
-    key = u.activation_key(params, HOOK)
-    others = {"seq_len": 17, "n_activations": 1501, "activation_dtype": "bfloat16", "dtype": "bfloat16", "text_column": "body"}
-    keys = [key, u.activation_key(params, "other.hook"), *(u.activation_key(params | {n: v}, HOOK) for n, v in others.items())]
-    for file in ("text.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json"):
+def test_whatever_changes_the_rows_changes_their_key(folder, model, tokenizer):
+    def key(**changes):
+        return harvest.activation_key(loaded_params(folder, model, tokenizer, **changes), HOOK)
+
+    others = {"seq_len": 17, "n_activations": 1501, "activation_dtype": "bfloat16"}
+    keys = [key(), *(key(**{n: v}) for n, v in others.items())]
+    keys.append(harvest.activation_key(loaded_params(folder, model, tokenizer), "other.hook"))
+    keys.append(harvest.activation_key(loaded_params(folder, gemma().bfloat16(), tokenizer), HOOK))
+    keys.append(harvest.activation_key(loaded_params(folder, model, word_tokenizer(with_bos=False)), HOOK))
+    for file in ("text.jsonl", "model/config.json", "model/model.safetensors"):
         content = (folder / file).read_bytes()
         (folder / file).write_bytes(content + b" ")
-        keys.append(u.activation_key(params, HOOK))
+        keys.append(key())
         (folder / file).write_bytes(content)
-    hub = params | {"model_name": "a/b", "dataset_name": "c/d"}
-    keys += [u.activation_key(hub | {n: "x"}, HOOK) for n in ("model_revision", "dataset_revision", "dataset_config", "dataset_split")]
-    keys += [u.activation_key(hub | {n: "e/f"}, HOOK) for n in ("model_name", "dataset_name")]
-    assert len({str(k) for k in keys}) == len(keys) and u.activation_key(params, HOOK) == key
+    chatty = word_tokenizer()
+    for template in (TEMPLATE, TEMPLATE + "."):
+        chatty.chat_template = template
+        keys.append(harvest.activation_key(loaded_params(folder, model, chatty, chat=True), HOOK))
+    assert len({str(k) for k in keys}) == len(keys) and key() == keys[0]
+    assert len({harvest.model_fingerprint(*hub) for hub in (("a/b", "1"), ("a/b", "2"), ("a/c", "1"))}) == 3
+
+
+def test_a_tokenizer_digest_does_not_depend_on_its_use(tokenizer):
+    before = harvest.tokenizer_digest(tokenizer, False)
+    tokenizer(["the cat", "a"], padding=True, truncation=True, max_length=3)
+    assert harvest.tokenizer_digest(tokenizer, False) == before
+
+
+def test_a_text_that_changed_is_not_taken_for_the_one_trained_on(folder, model, tokenizer):
+    loaded = loaded_params(folder, model, tokenizer)
+    with (folder / "text.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "the cat"}) + "\n")
+    with pytest.raises(u.UserError, match="no longer the text this SAE was trained on"):
+        harvest.get_rows(model, tokenizer, HOOK, loaded, folder / "activations")
+
+
+def test_several_layers_in_one_pass_equal_each_alone(folder, model, tokenizer):
+    loaded, hooks = loaded_params(folder, model, tokenizer), [f"model.layers.{i}.mlp.down_proj" for i in (2, 0, 1)]
+    sizes = {"shard_windows": 20, "batch_tokens": 100}
+    together = harvest.fill(model, tokenizer, hooks, loaded, folder / "together", **sizes)
+    assert len(set(together.values())) == 3
+    for hook in hooks:
+        alone = harvest.fill(model, tokenizer, [hook], loaded, folder / "alone", **sizes)[hook]
+        for file in ("rows.bin", "tokens.npz", "manifest.json"):
+            assert (alone / file).read_bytes() == (together[hook] / file).read_bytes(), (hook, file)
+
+
+def test_a_layer_that_lags_behind_is_brought_up_to_the_others(folder, model, tokenizer):
+    loaded, hooks = loaded_params(folder, model, tokenizer), [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    sizes = {"shard_windows": 20, "batch_tokens": 100}
+    whole = harvest.fill(model, tokenizer, hooks, loaded, folder / "whole", **sizes)
+    stop_after(model, tokenizer, [hooks[1]], loaded, folder / "cache", 3, sizes)
+    passes = []
+    counting = model.register_forward_pre_hook(lambda *a: passes.append(1))
+    folders = harvest.fill(model, tokenizer, hooks, loaded, folder / "cache", **sizes)
+    counting.remove()
+    assert passes
+    for hook in hooks:
+        assert (folders[hook] / "rows.bin").read_bytes() == (whole[hook] / "rows.bin").read_bytes()
+
+
+def stop_after(model, tokenizer, hooks, loaded, cache, n_shards, sizes):
+    """Leaves a harvest that was interrupted when `n_shards` shards were done."""
+    real, done = harvest.Partial.end_shard, []
+
+    def end(self, *span):
+        real(self, *span)
+        done.append(1)
+        if len(done) == n_shards * len(hooks):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(harvest.Partial, "end_shard", end)
+        harvest.fill(model, tokenizer, hooks, loaded, cache, **sizes)
+
+
+KILLED = """
+import json, sys, time
+sys.path[:0] = {paths!r}
+from conftest import HOOK, loaded_params, word_tokenizer
+import harvest, sae_utils, torch, pathlib
+folder = pathlib.Path({folder!r})
+model, tokenizer = sae_utils.load_model(str(folder / "model"))
+model.register_forward_pre_hook(lambda *a: time.sleep(0.01))
+harvest.fill(model, tokenizer, [HOOK], loaded_params(folder, model, tokenizer), folder / "activations", shard_windows=10, batch_tokens=64)
+"""
+
+
+def test_a_harvest_killed_three_times_ends_as_if_it_had_not_been(folder, fresh_seed):
+    model, tokenizer = u.load_model(str(folder / "model"))
+    loaded, sizes = loaded_params(folder, model, tokenizer), {"shard_windows": 10, "batch_tokens": 64}
+    whole = harvest.fill(model, tokenizer, [HOOK], loaded, folder / "whole", **sizes)[HOOK]
+    partial = folder / "activations" / (whole.name + ".partial") / "manifest.json"
+    script = KILLED.format(paths=[str(ROOT / "tests"), str(ROOT), str(ROOT / "notebooks")], folder=str(folder))
+
+    def shards():
+        return len(json.loads(partial.read_text())["shards"]) if partial.exists() else 0
+
+    moments, draw = [], random.Random(fresh_seed)
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+        goal = shards() + draw.randint(1, 2)
+        while shards() < goal and child.poll() is None:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.05)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        moments.append(shards())
+    assert moments == sorted(moments) and 0 < moments[0] and moments[-1] < len(json.loads((whole / "manifest.json").read_text())["shards"])
+    plans = []
+    harvest.fill(model, tokenizer, [HOOK], loaded, folder / "activations", plans.append, **sizes)
+    assert plans[0]["done_rows"] > 0
+    for file in ("rows.bin", "tokens.npz", "manifest.json"):
+        digests = [hashlib.sha256((root / whole.name / file).read_bytes()).hexdigest() for root in (folder / "whole", folder / "activations")]
+        assert digests[0] == digests[1], file
+    assert not partial.parent.exists()
+
+
+def test_a_shard_that_is_not_as_written_is_harvested_again(folder, model, tokenizer):
+    loaded, sizes = loaded_params(folder, model, tokenizer), {"shard_windows": 20, "batch_tokens": 100}
+    whole = harvest.fill(model, tokenizer, [HOOK], loaded, folder / "whole", **sizes)[HOOK]
+    stop_after(model, tokenizer, [HOOK], loaded, folder / "cache", 3, sizes)
+    (rows,) = (folder / "cache").glob("*.partial/rows.bin")
+    content = bytearray(rows.read_bytes())
+    content[len(content) // 2] ^= 1  # in the second of three shards
+    rows.write_bytes(content)
+    plans = []
+    again = harvest.fill(model, tokenizer, [HOOK], loaded, folder / "cache", plans.append, **sizes)[HOOK]
+    assert plans[0]["done_rows"] == json.loads((whole / "manifest.json").read_text())["shards"][0]["rows"]
+    assert (again / "rows.bin").read_bytes() == (whole / "rows.bin").read_bytes()
+
+
+def test_a_partial_store_of_other_versions_is_begun_anew(folder, model, tokenizer):
+    loaded, sizes = loaded_params(folder, model, tokenizer), {"shard_windows": 20, "batch_tokens": 100}
+    stop_after(model, tokenizer, [HOOK], loaded, folder / "cache", 2, sizes)
+    (manifest,) = (folder / "cache").glob("*.partial/manifest.json")
+    manifest.write_text(manifest.read_text().replace(torch.__version__, "1.0"))
+    plans = []
+    harvest.fill(model, tokenizer, [HOOK], loaded, folder / "cache", plans.append, **sizes)
+    assert plans[0]["done_rows"] == 0
 
 
 def test_a_second_run_waits_for_the_first_harvest(folder, model, tokenizer, monkeypatch, capsys):
-    params, cache, harvests = training_params(folder), folder / "activations", []
-    real, started = u.harvest, threading.Event()
+    loaded, cache, harvests = loaded_params(folder, model, tokenizer), folder / "activations", []
+    real, started = harvest.harvest, threading.Event()
 
     def slow(*arguments):
         harvests.append(1)
@@ -106,78 +306,195 @@ def test_a_second_run_waits_for_the_first_harvest(folder, model, tokenizer, monk
         time.sleep(1)
         real(*arguments)
 
-    monkeypatch.setattr(u, "harvest", slow)
-    first = threading.Thread(target=u.get_rows, args=(model, tokenizer, HOOK, params, cache))
+    monkeypatch.setattr(harvest, "harvest", slow)
+    first = threading.Thread(target=harvest.get_rows, args=(model, tokenizer, HOOK, loaded, cache))
     first.start()
     started.wait()
-    rows = u.get_rows(model, tokenizer, HOOK, params, cache)
+    rows = harvest.get_rows(model, tokenizer, HOOK, loaded, cache)
     first.join()
     assert len(harvests) == 1 and len(rows) == 1500 and "another run is harvesting" in capsys.readouterr().out
 
 
-def test_what_a_killed_harvest_left_is_cleared(folder, model, tokenizer):
-    params = training_params(folder)
-    rows_of(folder, model, tokenizer)
-    store = next((folder / "activations").glob("*/manifest.json")).parent
-    (store / "manifest.json").unlink()
-    left_over = store.with_name(f".{store.name}.tmp")
-    left_over.mkdir()
-    (left_over / "rows.bin").touch()
-    assert len(rows_of(folder, model, tokenizer)) == params["n_activations"] and not left_over.exists()
-
-
-def test_an_activation_beyond_float16_is_refused(folder, tokenizer):
+def test_a_value_beyond_float16_names_the_token_and_the_way_out(folder, tokenizer):
     model = gemma()
     model.get_submodule(HOOK).weight.mul_(1e7)
-    with pytest.raises(u.UserError, match="not a finite number in float16: try bfloat16 or float32"):
+    with pytest.raises(u.UserError, match=r"window \d+, token '\w+|.' at position \d+: .* too large for float16; set activation_dtype"):
         rows_of(folder, model, tokenizer, activation_dtype="float16")
-    assert not [f for f in (folder / "activations").iterdir() if f.suffix != ".lock"]
 
 
-def test_a_damaged_store_is_refused_by_name(folder, model, tokenizer):
+@pytest.fixture
+def broken(folder):
+    """A model whose MLP gives NaN at the word `dog`, which stands in some of the windows."""
+    model, tokenizer = gemma(), word_tokenizer()
+    model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("dog")] = float("nan")
+    texts = [text for text in sentences(300, longest=12) if "dog" not in text.split()]
+    texts[50] = "dog"  # alone: in attention a NaN reaches the tokens before it too
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return model
+
+
+def test_nan_stops_the_harvest_and_is_named(folder, broken, tokenizer):
+    with pytest.raises(u.UserError, match=r"window 50, token 'dog' at position \d+: the activation is inf or NaN; non_finite drop"):
+        rows_of(folder, broken, tokenizer, n_activations=1000)
+
+
+def test_nan_is_left_out_when_told_to(folder, broken, tokenizer):
+    rows = rows_of(folder, broken, tokenizer, n_activations=1000, non_finite="drop")
+    (bad,) = (~rows.finite).nonzero().flatten().tolist()
+    assert tokenizer.decode([rows.token_ids[bad]]) == "dog" and rows.window[bad] == 50
+    assert rows.activations[rows.finite].isfinite().all() and rows.activations[bad].isnan().any()
+    with pytest.raises(u.UserError, match="holds 1 rows with inf or NaN .the first: row"):  # a run that was not told so
+        rows_of(folder, broken, tokenizer, n_activations=1000)
+
+
+def damage_length(store):
+    (store / "rows.bin").write_bytes((store / "rows.bin").read_bytes()[:-4])
+
+
+def damage_a_bit(store):
+    content = bytearray((store / "rows.bin").read_bytes())
+    content[random.randrange(len(content))] ^= 1
+    (store / "rows.bin").write_bytes(content)
+
+
+def damage_tokens(store):
+    content = bytearray((store / "tokens.npz").read_bytes())
+    content[random.randrange(len(content))] ^= 1
+    (store / "tokens.npz").write_bytes(content)
+
+
+def damage_key(store):
+    manifest = (store / "manifest.json").read_text()
+    (store / "manifest.json").write_text(manifest.replace('"seq_len": 16', '"seq_len": 17'))
+
+
+def damage_manifest(store):
+    (store / "manifest.json").write_text((store / "manifest.json").read_text()[:-20])
+
+
+def lose(name):
+    def damage(store):
+        (store / name).unlink()
+
+    return damage
+
+
+DAMAGES = [damage_length, damage_a_bit, damage_tokens, damage_key, damage_manifest, *map(lose, ("rows.bin", "tokens.npz", "manifest.json"))]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_store_is_refused_by_name_and_left_alone(damage, folder, model, tokenizer):
     rows_of(folder, model, tokenizer)
-    store = next((folder / "activations").glob("*/rows.bin"))
-    store.write_bytes(store.read_bytes()[:-4])
-    with pytest.raises(u.UserError, match=store.parent.name):
+    store = store_of(folder)
+    damage(store)
+    before = {file.name: file.read_bytes() for file in store.iterdir()}
+    with pytest.raises(u.UserError, match=f"{store.name} is damaged .*: delete that folder to harvest again"):
         rows_of(folder, model, tokenizer)
+    assert {file.name: file.read_bytes() for file in store.iterdir()} == before
+    shutil.rmtree(store)
+    assert len(rows_of(folder, model, tokenizer)) == 1500
+
+
+def test_a_full_disk_is_told_and_what_was_written_is_kept(folder, model, tokenizer, monkeypatch):
+    loaded, sizes = loaded_params(folder, model, tokenizer), {"shard_windows": 20, "batch_tokens": 100}
+    real = harvest.Partial.write
+
+    def full(self, *arguments):
+        if len(self.manifest["shards"]) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harvest.Partial, "write", full)
+        with pytest.raises(u.UserError, match="disk of .* is full: free some space and repeat"):
+            harvest.fill(model, tokenizer, [HOOK], loaded, folder / "activations", **sizes)
+    plans = []
+    harvest.fill(model, tokenizer, [HOOK], loaded, folder / "activations", plans.append, **sizes)
+    assert plans[0]["done_rows"] > 0
+
+
+def test_too_little_room_is_told_before_the_harvest(folder, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1500 * 16 * 4 - 1))
+    with pytest.raises(u.UserError, match="the activations need 0.0 GB in .* lower n_activations, or make room"):
+        rows_of(folder, model, tokenizer)
+    assert not list((folder / "activations").glob("*.partial"))
+
+
+def test_a_cache_that_cannot_be_written_is_told(folder, model, tokenizer, monkeypatch):
+    (folder / "activations").touch()  # a file where the folder should be
+    with pytest.raises(u.UserError, match="activations cannot be written .*: mend its permissions"):
+        rows_of(folder, model, tokenizer)
+
+
+def test_the_card_says_what_is_to_come(folder, model, tokenizer):
+    plans = []
+    harvest.fill(model, tokenizer, [HOOK], loaded_params(folder, model, tokenizer), folder / "activations", plans.append)
+    text = harvest.card(plans[0])
+    assert plans[0]["bytes"] == 1500 * 16 * 4 and plans[0]["tokens_per_second"] > 0
+    assert "1,500 rows from" in text and "tokens/s" in text and "to write" in text and "BOS of each of" in text
+    without = word_tokenizer(with_bos=False)
+    harvest.fill(model, without, [HOOK], loaded_params(folder, model, without), folder / "activations", plans.append)
+    assert "the tokenizer has no BOS" in harvest.card(plans[1])
+
+
+def test_a_tokenizer_without_padding_will_do(folder, model):
+    without = word_tokenizer()
+    without.pad_token = None
+    assert without.pad_token_id is None and len(rows_of(folder, model, without)) == 1500
+
+
+def test_spectrum_against_float64(fresh_seed):
+    x = torch.randn(500, 12) * torch.rand(12) * 5 + 100
+    index = torch.randperm(500)[:400]
+    variances, rank = harvest.spectrum(x, index)
+    expected = np.cov(x[index].double().numpy().T, bias=True)
+    share = np.linalg.eigvalsh(expected) / np.trace(expected)
+    np.testing.assert_allclose(variances, np.sort(np.diag(expected))[::-1])
+    assert rank == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    one_direction = torch.randn(300, 1) * torch.randn(1, 12)
+    assert harvest.spectrum(one_direction, torch.arange(300))[1] == pytest.approx(1, abs=1e-4)
 
 
 def test_documents_are_wholly_in_train_or_held_out(folder, model, tokenizer):
     rows = rows_of(folder, model, tokenizer)
-    train, held_out = u.split_windows(rows.window_document, 0.1)
-    owner = torch.tensor(rows.window_document)
+    train, held_out = harvest.split_windows(rows.window_document, 0.1)
+    owner = rows.window_document
     assert torch.equal(train, ~held_out) and not set(owner[train].tolist()) & set(owner[held_out].tolist())
     n = int(owner.max()) + 1
     assert abs(len(owner[held_out].unique()) - 0.1 * n) <= 1
 
 
 def test_a_single_document_is_split_with_a_gap():
-    train, held_out = u.split_windows([0] * 20, 0.1)
+    train, held_out = harvest.split_windows([0] * 20, 0.1)
     assert train.nonzero().flatten().tolist() == list(range(17)) and held_out.nonzero().flatten().tolist() == [18, 19]
     with pytest.raises(u.UserError):
-        u.split_windows([0, 0], 0.1)
+        harvest.split_windows([0, 0], 0.1)
 
 
 def test_few_documents_still_hold_one_out():
-    assert u.held_out_documents(3, 0.1) == [False, False, True]
-    assert sum(u.held_out_documents(1000, 0.1)) == 100
+    assert harvest.held_out_documents(3, 0.1) == [False, False, True]
+    assert sum(harvest.held_out_documents(1000, 0.1)) == 100
+
+
+def open_local(path, **changes):
+    return harvest.open_text(experiment.check_params("sae_training", {"dataset_name": str(path)} | changes))
 
 
 def test_wikitext_lines_become_articles(tmp_path):
     lines = ["", " = First = ", "", " Words of it . ", " = = Section = = ", " More . ", " = Second = ", " Other . "]
     (tmp_path / "rows").mkdir()
     datasets.Dataset.from_dict({"text": [line + "\n" for line in lines]}).to_parquet(tmp_path / "rows" / "data.parquet")
-    articles = list(u.read_documents(str(tmp_path / "rows")))
+    articles = list(open_local(tmp_path / "rows"))
     assert articles == [" = First = \n Words of it . \n = = Section = = \n More . \n", " = Second = \n Other . \n"]
 
 
 def test_a_text_file_is_one_document_and_a_folder_one_for_each(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.txt").write_text("three")
-    assert list(u.read_documents(str(tmp_path / "a.txt"))) == ["one\ntwo\n"]
+    assert list(open_local(tmp_path / "a.txt")) == ["one\ntwo\n"]
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "c.TXT").write_text("four\nfive")
-    assert sorted(u.read_documents(str(tmp_path), config="ignored")) == ["four\nfive", "one\ntwo\n", "three"]
+    assert sorted(open_local(tmp_path, dataset_config="ignored")) == ["four\nfive", "one\ntwo\n", "three"]
 
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}
@@ -189,27 +506,42 @@ FAMILIES = {
     "olmo2": transformers.Olmo2Config(**SMALL, intermediate_size=32),
     "opt": transformers.OPTConfig(**SMALL, ffn_dim=32, word_embed_proj_dim=16),
     "phi": transformers.PhiConfig(**SMALL, intermediate_size=32),
+    "olmo": transformers.OlmoConfig(**SMALL, intermediate_size=32),
+    "qwen3": transformers.Qwen3Config(**SMALL, intermediate_size=32, num_key_value_heads=1, head_dim=8),
+    "gemma3_text": transformers.Gemma3TextConfig(**SMALL, intermediate_size=32, num_key_value_heads=1, head_dim=8),
+    "gemma3": transformers.Gemma3Config(  # 4b and up: the language model sits inside one that sees
+        text_config={**SMALL, "intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 8},
+        vision_config={"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+    ),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hook_of_each_family_is_the_mlp_output(family, tmp_path):
-    torch.manual_seed(0)
+def test_rows_of_each_family_are_those_of_the_whole_model(family, tmp_path, folder, tokenizer):
+    """The hook is found; a forward pass that stops there equals the whole one; harvested rows equal
+    the MLP outputs of one window at a time."""
     config = FAMILIES[family]
     config.save_pretrained(tmp_path)
     name = u.find_hook(str(tmp_path), 1)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     captured, reached = {}, []
     model.get_submodule(name).register_forward_hook(lambda m, a, out: captured.update(out=out))
-    layer = model.get_submodule(name.split(".1.")[0])[2]
-    layer.register_forward_hook(lambda *a: reached.append(1))
+    model.get_submodule(name.split(".1.")[0])[2].register_forward_hook(lambda *a: reached.append(1))
     ids, mask = u.pad([[3, 4, 5, 6], [7, 8]])
-    whole = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    assert reached
+    whole = model(input_ids=ids, attention_mask=mask)
+    assert reached and whole.logits.shape == (2, 4, 30)
     reached.clear()
     stopped = u.run_to_hook(model, name, ids, mask)
     assert not reached and torch.equal(stopped, captured["out"].view(2, 4, 16))
-    assert whole.logits.shape == (2, 4, 30)
+    loaded = loaded_params(folder, model, tokenizer, n_activations=1000)
+    rows = harvest.get_rows(model, tokenizer, name, loaded, folder / "activations")
+    assert not reached
+    for w in torch.randint(0, int(rows.window.max()), (8,)).tolist():
+        model(input_ids=torch.tensor([rows.windows[w]]))
+        here = rows.window == w
+        expected = captured["out"].view(-1, 16)[rows.position[here]]
+        torch.testing.assert_close(rows.activations[here], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(folder, model):

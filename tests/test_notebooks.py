@@ -13,6 +13,7 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiment
+import harvest
 import sae_utils as u
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -126,8 +127,8 @@ def test_the_saved_sae_is_the_one_that_was_scored(run, tiny):
     sae, metrics, params = u.SAE.load(run / "sae.pth"), read(run / "metrics.json"), read(run / "params.json")["parameters"]
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae), atol=1e-5, rtol=0)
     model, tokenizer = u.load_model(params["model_name"])
-    rows = u.get_rows(model, tokenizer, sae.config["hook_name"], params, run.parent / "activations")
-    train, held_out = u.split_windows(rows.window_document, params["held_out_fraction"])
+    rows = harvest.get_rows(model, tokenizer, sae.config["hook_name"], sae.config, run.parent / "activations")
+    train, held_out = harvest.split_windows(rows.window_document, params["held_out_fraction"])
     index = held_out[rows.window].nonzero().flatten()
     torch.testing.assert_close(sae.mean.double(), rows.activations[train[rows.window]].double().mean(0), rtol=1e-4, atol=1e-5)
     x, x_hat = rows.activations[index].double(), sae(rows.activations[index]).double()

@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT, training_params
 
 import experiment
+import harvest
 import sae_utils as u
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -143,17 +144,17 @@ def test_a_gated_model_says_what_to_do():
 def test_texts_that_hold_nothing(content, message, tmp_path):
     (tmp_path / "text.jsonl").write_text(content)
     with pytest.raises(u.UserError, match=message):
-        next(u.read_documents(str(tmp_path / "text.jsonl")))
+        harvest.open_text(experiment.check_params("sae_training", {"dataset_name": str(tmp_path / "text.jsonl")}))
 
 
 def test_files_that_are_no_text_are_named(tmp_path):
     (tmp_path / "a.md").write_text("x")
     with pytest.raises(u.UserError, match="must be .jsonl, .txt, .parquet files, all of one kind; it holds .md"):
-        next(u.read_documents(str(tmp_path / "a.md")))
+        harvest.open_text(experiment.check_params("sae_training", {"dataset_name": str(tmp_path / "a.md")}))
     (tmp_path / "b.txt").write_text("x")
     (tmp_path / "c.jsonl").write_text('{"text": "x"}')
     with pytest.raises(u.UserError, match="it holds .jsonl, .txt"):
-        next(u.read_documents(str(tmp_path)))
+        harvest.open_text(experiment.check_params("sae_training", {"dataset_name": str(tmp_path)}))
 
 
 def test_a_window_longer_than_the_model_is_refused(folder):

@@ -1,0 +1,648 @@
+"""From text to activations: documents, windows, and the rows on disk that runs share.
+
+    text -> documents -> windows of seq_len tokens -> forward pass as far as the hook
+         -> one row for each token that is text -> runs/activations/<key>/
+
+A store is a folder: rows.bin (N, d_in), memory-mapped; tokens.npz, which says of every row which
+token of which window it is; manifest.json, which says how it came to be and holds a checksum of
+every shard. `<key>.partial` is one that is not whole yet.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_utils import (
+    UserError, Every, encode_text, hub_errors, local_or_hub, pad, resolve, run_to_hooks, show_path, special_ids, use_hf_token,
+    with_bos, write_json, atomic,
+)  # fmt: skip
+
+STORE_VERSION = 2
+
+# ---------------------------------------------------------------------------------------------
+# Text: documents
+# ---------------------------------------------------------------------------------------------
+
+TEXT_KINDS = {  # suffix of a local file -> the builder of `datasets` that reads it, and its options
+    ".jsonl": ("json", {}),
+    ".txt": ("text", {"sample_by": "document"}),
+    ".parquet": ("parquet", {}),
+}
+ARTICLE = re.compile(r"^ = [^=].*[^=] = \s*$")  # WikiText's mark of a new article
+
+
+@dataclass
+class Text:
+    """Documents to iterate over, and a digest of what they hold. A document is a string, or, for
+    chats, a list of messages."""
+
+    name: str
+    column: str
+    rows: object  # a datasets.Dataset
+    fingerprint: str
+
+    def __iter__(self):
+        values = (row[self.column] for row in self.rows.select_columns([self.column]))
+        values = (value for value in values if value and (not isinstance(value, str) or value.strip()))
+        begin = self.rows[:1000][self.column]
+        lines = any(isinstance(value, str) and ARTICLE.match(value) for value in begin)
+        return join_articles(values) if lines else values
+
+
+def open_text(params: dict) -> Text:
+    """The text that the parameters name: rows of .jsonl or .parquet files, whole .txt files, a folder
+    of either, or a `datasets` id.
+
+    WikiText's rows are lines: they are joined into articles. `dataset_config` and `dataset_split` are
+    ignored for local text. Raises UserError where there is no text.
+    """
+    import datasets
+
+    name, column = params["dataset_name"], params["text_column"]
+    datasets.disable_progress_bars()
+    source = local_or_hub(name, "dataset")
+    options = {"name": params["dataset_config"] or None, "split": params["dataset_split"], "revision": params["dataset_revision"] or None}
+    files = text_files(Path(source)) if Path(source).exists() else []
+    if Path(source).exists():
+        kinds = {file.suffix.lower() for file in files}
+        if len(kinds) != 1 or not kinds <= set(TEXT_KINDS):
+            found = ", ".join(sorted(kinds)) or "nothing"
+            raise UserError(f"dataset {name} must be {', '.join(TEXT_KINDS)} files, all of one kind; it holds {found}.")
+        if not any(file.stat().st_size for file in files):
+            raise UserError(f"dataset {name} is empty: it holds no text.")
+        source, more = TEXT_KINDS[kinds.pop()]
+        options = {"data_files": [str(file) for file in files], "split": "train", **more}
+    use_hf_token()
+    with hub_errors("dataset", name):
+        rows = datasets.load_dataset(source, **options)
+    if column not in rows.column_names:
+        raise UserError(f"dataset {name} has no column {column}; it has: {', '.join(rows.column_names)}.")
+    allowed = (str, list) if params["chat"] else str
+    if not isinstance(next((value for value in rows[:1000][column] if value is not None), ""), allowed):
+        raise UserError(f"dataset {name}: column {column} does not hold text{' or lists of messages' if params['chat'] else ''}.")
+    # For the hub, `datasets` derives its fingerprint from the commit of the data that was loaded.
+    text = Text(name, column, rows, digest_of_files(files) if files else rows._fingerprint)
+    if next(iter(text), None) is None:
+        raise UserError(f"dataset {name} is empty: column {column} holds no text.")
+    return text
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files of local text: `path` itself, or all in that folder, but for hidden ones and notes (.md)."""
+    if path.is_file():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return [file for file in files if file.suffix.lower() != ".md"]
+
+
+def join_articles(lines):
+    """WikiText's lines as whole articles."""
+    article: list[str] = []
+    for line in lines:
+        if article and ARTICLE.match(line):
+            yield "".join(article)
+            article = []
+        article.append(line)
+    if article:
+        yield "".join(article)
+
+
+# ---------------------------------------------------------------------------------------------
+# Windows
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Windows:
+    """Token ids of many windows, laid end to end: `windows[i]` is a list of ids, BOS included."""
+
+    flat: np.ndarray  # (tokens,) int32
+    starts: np.ndarray  # (windows + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, i) -> list[int]:
+        i = range(len(self))[int(i)]  # IndexError past the end, so that iteration stops
+        return self.flat[self.starts[i] : self.starts[i + 1]].tolist()
+
+
+def as_messages(document) -> list[dict]:
+    """A document as a conversation: a list of messages as it is; of plain text the first line that is
+    not blank is the user's, the rest the assistant's."""
+    if not isinstance(document, str):
+        return document
+    first, _, rest = document.strip().partition("\n")
+    turns = [{"role": "user", "content": first.strip()}, {"role": "assistant", "content": rest.strip()}]
+    return [turn for turn in turns if turn["content"]]
+
+
+def encode_documents(tokenizer, documents: list, chat: bool) -> list[list[int]]:
+    """Token ids of each document without BOS in front; `chat`: through the tokenizer's chat template."""
+    if not chat:
+        return encode_text(tokenizer, documents)
+    encoded = []
+    for document in documents:
+        try:
+            ids = tokenizer.apply_chat_template(as_messages(document), tokenize=True, return_dict=True)["input_ids"]
+        except Exception as error:  # whatever the template raises: it is the model's own program
+            raise UserError(f"a conversation does not fit the model's chat template ({error}): it begins {str(document)[:80]!r}.") from None
+        encoded.append(ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids)
+    return encoded
+
+
+def cut_windows(tokenizer, documents, seq_len: int, n_rows: int, chat: bool = False) -> tuple[dict, dict]:
+    """Cuts whole documents into windows of `seq_len` tokens, BOS in front of each, until `n_rows` rows.
+
+    A row is a token that is no special one; without BOS the first token of a window is none either,
+    since it takes BOS's part as the attention sink. The last window of a document is as short as
+    what is left, and the shortest one kept holds one row.
+
+    Returns (tokens, counts). tokens: flat (tokens,) and starts (windows + 1,) as in `Windows`,
+    window_document (windows,), and for each row token_ids, window, position (N,). counts: what was
+    used and what was left out, by reason.
+    """
+    bos = tokenizer.bos_token_id
+    step = seq_len - (bos is not None)
+    special = np.asarray(special_ids(tokenizer))
+    windows, owners, rows, number, skipped, short = [], [], 0, 0, 0, 0
+    documents = iter(documents)
+    while rows < n_rows and (batch := list(itertools.islice(documents, 256))):
+        for ids in encode_documents(tokenizer, batch, chat):
+            is_text = ~np.isin(ids, special)
+            if not is_text.any():
+                skipped += 1
+                continue
+            for start in range(0, len(ids), step):
+                if rows >= n_rows:
+                    break
+                n = int(is_text[start + (bos is None) : start + step].sum())
+                if n == 0:
+                    short += 1
+                    continue
+                windows.append(np.asarray(with_bos(tokenizer, ids[start : start + step]), np.int32))
+                owners.append(number)
+                rows += n
+            number += 1
+            if rows >= n_rows:
+                break
+    if rows == 0:
+        raise UserError("the text holds no token that is not a special one: there is nothing to train on.")
+    flat, lengths = np.concatenate(windows), np.asarray([len(window) for window in windows])
+    starts = np.concatenate([[0], lengths.cumsum()])
+    window = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(len(flat)) - starts[window]
+    text = ~np.isin(flat, special)
+    kept = (text & ((position > 0) | (bos is not None))).nonzero()[0][:n_rows]
+    tokens = {"flat": flat, "starts": starts, "window_document": np.asarray(owners, np.int32)}
+    tokens |= {"token_ids": flat[kept], "window": window[kept].astype(np.int32), "position": position[kept].astype(np.int32)}
+    seen = slice(0, kept[-1] + 1)
+    counts = {
+        "rows": len(kept), "windows": len(lengths), "documents": owners[-1] + 1, "tokens": len(flat),
+        "bos_tokens": len(lengths) if bos is not None else 0,
+        "special_tokens": int((~text[seen]).sum()) - (len(lengths) if bos is not None else 0),
+        "first_tokens": int((text[seen] & (position[seen] == 0)).sum()) if bos is None else 0,
+        "documents_without_text": skipped, "windows_without_text": short,
+    }  # fmt: skip
+    return tokens, counts
+
+
+def held_out_documents(n_documents: int, fraction: float) -> list[bool]:
+    """Which documents are held out: an even spread of about `fraction`, at least one, never all."""
+    chosen = [math.floor((i + 1) * fraction) > math.floor(i * fraction) for i in range(n_documents)]
+    if n_documents > 1 and not any(chosen):
+        chosen[-1] = True
+    return chosen
+
+
+def split_windows(window_document, fraction: float) -> tuple[Tensor, Tensor]:
+    """(train, held_out), boolean masks over windows; a document's windows are all in one of them.
+
+    A single document is split in two contiguous blocks with a window between them in neither.
+    """
+    owners = torch.as_tensor(window_document)
+    n_documents = int(owners.max()) + 1
+    if n_documents > 1:
+        held_out = torch.tensor(held_out_documents(n_documents, fraction))[owners]
+        return ~held_out, held_out
+    first = len(owners) - max(1, round(len(owners) * fraction))
+    index = torch.arange(len(owners))
+    if first < 2:
+        raise UserError(f"the text fills only {len(owners)} windows: too few to train on some and hold others out.")
+    return index < first - 1, index >= first
+
+
+# ---------------------------------------------------------------------------------------------
+# Keys: what the rows depend on
+# ---------------------------------------------------------------------------------------------
+
+
+def digest_of_files(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:24]
+
+
+def digest_of(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def model_fingerprint(model_name: str, commit: str) -> str:
+    """A digest of a local model's files, or of a hub model's id and commit."""
+    folder = resolve(model_name)
+    if not folder.is_dir():
+        return digest_of([model_name, commit])
+    return digest_of_files(sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")))
+
+
+def tokenizer_digest(tokenizer, chat: bool) -> str:
+    """A digest of the vocabulary and rules, and of the chat template where it is used."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend else sorted(tokenizer.get_vocab().items())
+    if backend:  # these two change with every call
+        state |= {"padding": None, "truncation": None}
+    return digest_of([state, special_ids(tokenizer), tokenizer.bos_token_id, tokenizer.chat_template if chat else ""])
+
+
+def as_loaded(params: dict, model, tokenizer, text: Text) -> dict:
+    """The parameters with what they came to: the model's commit and precision, and digests of the
+    model, the tokenizer and the text."""
+    commit = getattr(model.config, "_commit_hash", None) or params["model_revision"]
+    if params["chat"] and not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {params['model_name']} has no chat template: use an instruct model, or chat false.")
+    return params | {
+        "model_revision": commit,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_fingerprint": model_fingerprint(params["model_name"], commit),
+        "tokenizer_fingerprint": tokenizer_digest(tokenizer, params["chat"]),
+        "dataset_fingerprint": text.fingerprint,
+    }
+
+
+def activation_key(loaded: dict, hook_name: str) -> dict:
+    """Everything that changes the rows; its digest names their folder."""
+    names = ("model_fingerprint", "tokenizer_fingerprint", "dataset_fingerprint", "text_column", "chat", "dtype", "seq_len")
+    names += ("n_activations", "activation_dtype")
+    return {"hook": hook_name, "format": STORE_VERSION, **{name: loaded[name] for name in names}}
+
+
+# ---------------------------------------------------------------------------------------------
+# The store
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Activations and, aligned with them, where each row comes from."""
+
+    activations: Tensor  # (N, d_in), memory-mapped, in the storage dtype
+    token_ids: Tensor  # (N,) the token at which the row was computed
+    window: Tensor  # (N,) index into `windows`
+    position: Tensor  # (N,) position in the window, BOS being 0
+    windows: Windows  # token ids of each window, BOS included
+    window_document: Tensor  # document number of each window
+    finite: Tensor  # (N,) boolean: rows with inf or NaN are False
+    manifest: dict
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def digest_of_span(file: Path, start: int, end: int) -> str:
+    """sha256 of the bytes from `start` to `end` of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while start < end and (block := stream.read(min(1 << 22, end - start))):
+            digest.update(block)
+            start += len(block)
+    return digest.hexdigest()
+
+
+def shard_spans(manifest: dict) -> list[tuple[int, int]]:
+    """First and last byte of each shard that the manifest lists."""
+    width = manifest["d_in"] * getattr(torch, manifest["key"]["activation_dtype"]).itemsize
+    ends = list(itertools.accumulate(shard["rows"] * width for shard in manifest["shards"]))
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def whole_shards(folder: Path, manifest: dict) -> int:
+    """How many of the shards that the manifest lists are on disk as they were written, from the first on."""
+    spans = shard_spans(manifest)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda span: digest_of_span(folder / "rows.bin", *span), spans))
+    right = [digest == shard["sha256"] for digest, shard in zip(found, manifest["shards"], strict=True)]
+    return [*right, False].index(False)
+
+
+def open_rows(folder: Path, non_finite: str = "refuse") -> Rows:
+    """The rows of a store. Raises UserError where it is damaged, or where it holds rows with inf or
+    NaN, unless `non_finite` is "drop": then `Rows.finite` tells which."""
+
+    def refuse(what: str):
+        raise UserError(f"{show_path(folder)} is damaged ({what}): delete that folder to harvest again.")
+
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        n, d_in, key, shards = (manifest[name] for name in ("rows", "d_in", "key", "shards"))
+        dtype = getattr(torch, key["activation_dtype"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        refuse("manifest.json is missing or cannot be read")
+    if digest_of(key)[:16] != folder.name or sum(shard["rows"] for shard in shards) != n:
+        refuse("manifest.json does not belong to it")
+    for name in ("rows.bin", "tokens.npz"):
+        if not (folder / name).exists():
+            refuse(f"{name} is missing")
+    if (folder / "rows.bin").stat().st_size != n * d_in * dtype.itemsize:
+        refuse("rows.bin has the wrong length")
+    if digest_of_files([folder / "tokens.npz"]) != manifest["tokens"]:
+        refuse("tokens.npz is not what was written")
+    if (whole := whole_shards(folder, manifest)) < len(shards):
+        refuse(f"shard {whole} of rows.bin is not what was written")
+    arrays = np.load(folder / "tokens.npz")
+    windows = Windows(arrays["flat"], arrays["starts"])
+    rows = torch.from_file(str(folder / "rows.bin"), shared=False, size=n * d_in, dtype=dtype).view(n, d_in)
+    columns = [torch.from_numpy(arrays[name]).long() for name in ("token_ids", "window", "position")]
+    finite = torch.ones(n, dtype=torch.bool)
+    bad = [row for shard in shards for row in shard["non_finite"]]
+    finite[bad] = False
+    if bad and non_finite != "drop":
+        where = f"row {bad[0]}, token {columns[0][bad[0]]} at position {columns[2][bad[0]]} of window {columns[1][bad[0]]}"
+        raise UserError(f"{show_path(folder)} holds {len(bad)} rows with inf or NaN (the first: {where}); non_finite drop goes on without them.")
+    return Rows(rows, *columns, windows, torch.from_numpy(arrays["window_document"]).long(), finite, manifest)
+
+
+def get_rows(model, tokenizer, hook_name: str, loaded: dict, cache: Path, announce=None) -> Rows:
+    """Rows from the folder `cache` that runs share, harvested first where they are not there yet.
+
+    `loaded`: the parameters as `as_loaded` returns them; `announce`: see `fill`.
+    """
+    folder = fill(model, tokenizer, [hook_name], loaded, cache, announce)[hook_name]
+    return open_rows(folder, loaded["non_finite"])
+
+
+@contextmanager
+def disk_errors(cache: Path):
+    """Says in one sentence what to do where the disk is full or may not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of {show_path(cache)} is full: free some space and repeat; the whole shards written so far are kept.") from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{show_path(cache)} cannot be written ({error.strerror}): mend its permissions, or choose a run_dir elsewhere.") from None
+        raise
+
+
+def fill(model, tokenizer, hook_names: list[str], loaded: dict, cache: Path, announce=None, **sizes) -> dict[str, Path]:
+    """Harvests into `cache`, in one pass over the text, those of the hooks that are not there yet;
+    returns each hook's folder.
+
+    Two runs that want the same rows at once: one harvests, the other waits and says so. `announce`
+    is called with what is to come, before anything slow: see `harvest`.
+    """
+    import filelock
+
+    keys = {hook: activation_key(loaded, hook) for hook in hook_names}
+    folders = {hook: cache / digest_of(key)[:16] for hook, key in keys.items()}
+    if all(folder.exists() for folder in folders.values()):
+        return folders
+    text = open_text(loaded)
+    if text.fingerprint != loaded["dataset_fingerprint"]:
+        raise UserError(f"dataset {loaded['dataset_name']} is no longer the text this SAE was trained on: train it again.")
+    with ExitStack() as stack, disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        for folder in sorted(folders.values()):  # in one order, so that two runs never wait for each other
+            lock = filelock.FileLock(str(folder) + ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                print(f"another run is harvesting {show_path(folder)}: waiting for it", flush=True)
+                lock.acquire()
+            stack.callback(lock.release)
+        lacking = {hook: folder for hook, folder in folders.items() if not folder.exists()}
+        if lacking:
+            stores = [Partial(hook, folder, keys[hook]) for hook, folder in lacking.items()]
+            begun = [(tokens, store.manifest["counts"]) for store in stores if (tokens := store.left_over())]
+            cut = begun[0] if begun else cut_windows(tokenizer, text, loaded["seq_len"], loaded["n_activations"], loaded["chat"])
+            harvest(model, tokenizer, stores, *cut, loaded, announce, **sizes)
+    return folders
+
+
+class Partial:
+    """A store that is being filled: `<key>.partial/`, renamed when whole.
+
+    manifest.json lists the shards that are on disk, so a harvest that was killed goes on after them.
+    """
+
+    def __init__(self, hook: str, folder: Path, key: dict):
+        self.hook, self.folder, self.path = hook, folder, folder.with_name(folder.name + ".partial")
+        packages = ("torch", "transformers", "tokenizers", "datasets", "numpy")
+        self.manifest = {"key": key, "versions": {name: importlib.metadata.version(name) for name in packages}}
+        self.storage, self.error, self.bad, self.file = getattr(torch, key["activation_dtype"]), 0.0, [], None
+
+    def left_over(self) -> dict | None:
+        """tokens.npz of a harvest that was killed, where it can be gone on with."""
+        try:
+            found = json.loads((self.path / "manifest.json").read_text())
+            if any(found[name] != self.manifest[name] for name in ("key", "versions")):
+                return None
+            if digest_of_files([self.path / "tokens.npz"]) != found["tokens"]:
+                return None
+            found["shards"] = found["shards"][: whole_shards(self.path, found)]
+        except (OSError, ValueError, KeyError):
+            return None
+        self.manifest = found
+        return dict(np.load(self.path / "tokens.npz"))
+
+    def begin(self, tokens: dict, counts: dict, about: dict, d_in: int) -> None:
+        if "shards" not in self.manifest:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            with atomic(self.path / "tokens.npz") as temporary, temporary.open("wb") as file:
+                np.savez(file, **tokens)
+            self.manifest |= {"d_in": d_in, **about, "tokens": digest_of_files([self.path / "tokens.npz"]), "counts": counts, "shards": []}
+            (self.path / "rows.bin").touch()
+            write_json(self.path / "manifest.json", self.manifest)
+        self.file = (self.path / "rows.bin").open("r+b")
+
+    @property
+    def row_bytes(self) -> int:
+        return self.manifest["d_in"] * self.storage.itemsize
+
+    def write(self, x: Tensor, spans: list[tuple[int, int]], locate, non_finite: str) -> None:
+        """Rows x (n, d_in) into the spans of row numbers that they fill."""
+        stored = x.to(self.storage)
+        bad = (~stored.isfinite().all(dim=1)).cpu()
+        if self.storage != x.dtype:  # what rounding costs
+            lost = (x.float() - stored.float()).square().sum(dim=1).cpu()
+            self.error += lost[~bad].double().sum().item()
+        if bad.any():
+            rows = [row for first, last in spans for row in range(first, last)]
+            found = [row for row, wrong in zip(rows, bad.tolist(), strict=True) if wrong]
+            if non_finite != "drop" and x[bad.to(x.device)].isfinite().all():
+                raise UserError(f"{locate(found[0])}: the activation is too large for {self.manifest['key']['activation_dtype']}; set activation_dtype to bfloat16 or float32.")
+            if non_finite != "drop":
+                raise UserError(f"{locate(found[0])}: the activation is inf or NaN; non_finite drop goes on without such rows, another dtype may have none.")
+            self.bad += found
+        data = memoryview(stored.cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+        at = 0
+        for first, last in spans:
+            self.file.seek(first * self.row_bytes)
+            self.file.write(data[at : at + (last - first) * self.row_bytes])
+            at += (last - first) * self.row_bytes
+
+    def end_shard(self, first: int, last: int) -> None:
+        self.file.flush()
+        shard = {"rows": last - first, "sha256": digest_of_span(self.path / "rows.bin", first * self.row_bytes, last * self.row_bytes)}
+        self.manifest["shards"].append(shard | {"rounding": self.error, "non_finite": sorted(self.bad)})
+        write_json(self.path / "manifest.json", self.manifest)
+        self.error, self.bad = 0.0, []
+
+    def finish(self) -> None:
+        self.file.truncate(self.manifest["counts"]["rows"] * self.row_bytes)
+        self.close()
+        self.manifest["rows"] = self.manifest["counts"]["rows"]
+        write_json(self.path / "manifest.json", self.manifest)
+        self.path.rename(self.folder)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
+
+def batches_by_length(lengths, first: int, last: int, batch_tokens: int) -> list[list[int]]:
+    """The windows `first` to `last` in batches of similar length, at most `batch_tokens` with padding."""
+    batches: list[list[int]] = []
+    for window in sorted(range(first, last), key=lambda w: lengths[w]):
+        if not batches or (len(batches[-1]) + 1) * lengths[window] > batch_tokens:
+            batches.append([])
+        batches[-1].append(window)
+    return batches
+
+
+def harvest(
+    model, tokenizer, stores: list[Partial], tokens: dict, counts: dict, loaded: dict, announce=None, shard_windows: int = 1024, batch_tokens: int = 0
+) -> None:
+    """Fills the stores, one for each hook, with the rows that `cut_windows` found in the text.
+
+    Batches are made within a shard of windows and do not depend on which hooks are asked for. They
+    hold at most `batch_tokens` tokens; 0: 2,048 on a CPU, whose caches that suits, else 16,384.
+    `announce` is called before the harvest with a dictionary: the counts of `cut_windows`, hooks,
+    done_rows, tokens_per_second and seconds (from a probe of one batch), bytes and free_bytes.
+    Prints a line now and then. Raises UserError where the disk has no room.
+    """
+    windows, lengths = Windows(tokens["flat"], tokens["starts"]), np.diff(tokens["starts"]).tolist()
+    row_of = np.searchsorted(tokens["window"], np.arange(len(windows) + 1)).tolist()  # first row of each window
+    shards = [(first, min(first + shard_windows, len(windows))) for first in range(0, len(windows), shard_windows)]
+
+    batch_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 16384)
+
+    def forward(batch: list[int], hooks: list[str]) -> list[Tensor]:
+        """The hooks' outputs at the batch's rows, each (n, d_in)."""
+        spans = [(row_of[w], row_of[w + 1]) for w in batch]
+        which = torch.from_numpy(np.repeat(np.arange(len(batch)), [last - first for first, last in spans]))
+        where = torch.from_numpy(np.concatenate([tokens["position"][first:last] for first, last in spans]))
+        ids, mask = pad([windows[w] for w in batch], device=model.device)
+        out = run_to_hooks(model, hooks, ids, mask if min(lengths[w] for w in batch) < ids.shape[1] else None)
+        which, where = which.to(model.device), where.to(model.device).long()
+        return [x[which, where] for x in out]
+
+    def locate(row: int) -> str:
+        token = tokens["token_ids"][row]
+        return f"window {tokens['window'][row]}, token {tokenizer.decode([token])!r} at position {tokens['position'][row]}"
+
+    hooks = [store.hook for store in stores]
+    batches = batches_by_length(lengths, *shards[0], batch_tokens)
+    probe = batches[len(batches) // 2]
+    forward(probe[:1], hooks)  # the first pass of a process is slow
+    begin = time.perf_counter()
+    widths = [x.shape[1] for x in forward(probe, hooks)]
+    rate = sum(lengths[w] for w in probe) / (time.perf_counter() - begin)
+    done = [sum(shard["rows"] for shard in store.manifest.get("shards", [])) for store in stores]
+    size = sum((counts["rows"] - n) * width * store.storage.itemsize for n, width, store in zip(done, widths, stores, strict=True))
+    free = shutil.disk_usage(stores[0].folder.parent).free
+    share = 1 - min(done) / counts["rows"]
+    plan = counts | {"hooks": hooks, "done_rows": min(done), "tokens_per_second": rate, "seconds": share * counts["tokens"] / rate}
+    if announce:
+        announce(plan | {"bytes": size, "free_bytes": free})
+    if size > free:
+        raise UserError(f"the activations need {size / 1e9:.1f} GB in {show_path(stores[0].folder.parent)}, where {free / 1e9:.1f} GB are free: lower n_activations, or make room.")
+
+    about = {name: loaded[name] for name in ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")}
+    due, begin, fresh = Every(10), time.monotonic(), 0
+    try:
+        for store, width in zip(stores, widths, strict=True):
+            store.begin(tokens, counts, about, width)
+        for number, (first, last) in enumerate(shards):
+            todo = [store for store in stores if len(store.manifest["shards"]) == number]
+            if not todo:
+                continue
+            for batch in batches_by_length(lengths, first, last, batch_tokens):
+                spans = [(row_of[w], row_of[w + 1]) for w in batch]
+                for store, x in zip(todo, forward(batch, [store.hook for store in todo]), strict=True):
+                    store.write(x, spans, locate, loaded["non_finite"])
+                fresh += sum(b - a for a, b in spans)
+                if due():
+                    rate = fresh / (time.monotonic() - begin)
+                    left = (counts["rows"] - min(done) - fresh) / rate / 60
+                    print(f"harvest: {min(done) + fresh:,} of {counts['rows']:,} rows, {rate:,.0f} rows/s, {left:.1f} min left", flush=True)
+            for store in todo:
+                store.end_shard(row_of[first], row_of[last])
+        for store in stores:
+            store.finish()
+    finally:
+        for store in stores:
+            store.close()
+
+
+def card(plan: dict) -> str:
+    """What a harvest is about to do, in a few lines."""
+    left_out = {name: plan[name] for name in ("special_tokens", "first_tokens", "documents_without_text", "windows_without_text")}
+    lines = [
+        f"{plan['rows']:,} rows from {plan['windows']:,} windows ({plan['tokens']:,} tokens) of {plan['documents']:,} documents, at {', '.join(plan['hooks'])}",
+        "left out: " + ", ".join([f"BOS of each of {plan['bos_tokens']:,} windows"] * (plan["bos_tokens"] > 0) + [f"{n:,} {name.replace('_', ' ')}" for name, n in left_out.items() if n]),
+        f"{plan['tokens_per_second']:,.0f} tokens/s in a short probe: about {plan['seconds'] / 60:,.0f} minutes" if plan["seconds"] > 120 else f"{plan['tokens_per_second']:,.0f} tokens/s in a short probe: about {plan['seconds']:,.0f} seconds",
+        f"{plan['bytes'] / 1e9:.2f} GB to write, {plan['free_bytes'] / 1e9:,.0f} GB free",
+    ]
+    if plan["done_rows"]:
+        lines.append(f"going on after {plan['done_rows']:,} rows that an earlier harvest left")
+    if not plan["bos_tokens"]:
+        lines.append("the tokenizer has no BOS: the first token of each window is left out in its place")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# What the rows are like
+# ---------------------------------------------------------------------------------------------
+
+
+def spectrum(activations: Tensor, index: Tensor, most: int = 65536) -> tuple[Tensor, float]:
+    """(variances (d_in), largest first; effective rank) of the rows `index`, at most `most` of them,
+    evenly spread, in float64.
+
+    Effective rank: exp of the entropy of the covariance's eigenvalues, taken as shares of their sum
+    (Roy and Vetterli 2007). From 1 (one direction) to d_in (all alike).
+    """
+    chosen = index[:: -(-len(index) // most)]
+    x = torch.cat([activations[part].double() for part in chosen.split(8192)])
+    covariance = torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
+    share = torch.linalg.eigvalsh(covariance).clamp_min(0)
+    share = share / share.sum()
+    return covariance.diagonal().sort(descending=True).values, torch.special.entr(share).sum().exp().item()

@@ -1,0 +1,248 @@
+"""Benchmarks: `make bench` runs all parts, `make bench PART=harvest` one of them.
+
+Each part compares ways of doing the same work in one run, interleaved, and reports medians; what
+counts are the ratios. Tables go to the terminal, rows to runs/bench.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+
+import numpy as np
+import torch
+import transformers
+
+import harvest
+import sae_utils
+
+
+def interleaved(ways: dict, rounds: int) -> dict[str, float]:
+    """Median seconds of each way; all are run in turn, once to warm up and then `rounds` times."""
+    times = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def table(title: str, rows: list[dict]) -> None:
+    print(f"\n{title}")
+    columns = [name for name in rows[0] if name not in ("part", "machine")]
+    cells = [[f"{row[name]:,.3g}" if isinstance(row[name], float) else str(row[name]) for name in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in (columns, *cells):
+        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# harvest: rows kept per second
+# ---------------------------------------------------------------------------------------------
+
+
+def gemma_shape(vocab: int, hidden: int, layers: int, heads: int, intermediate: int, dtype: torch.dtype, device: str):
+    """A Gemma 3 text model with random weights."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=1, head_dim=256, query_pre_attn_scalar=256, sliding_window=512, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.Gemma3ForCausalLM._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def random_windows(n: int, full: bool) -> list[list[int]]:
+    """Token ids of windows of at most 128: lengths as WikiText's lines have them (mean about 48), or all full."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.full((n,), 128) if full else torch.empty(n).exponential_(1 / 56, generator=generator).clamp(4, 128).long()
+    return [[2, *torch.randint(10, 30_000, (length - 1,), generator=generator).tolist()] for length in lengths.tolist()]
+
+
+def textbook_harvest(model, hook: str, windows: list[list[int]], device: str) -> int:
+    """Pad to 128, full forward with the head, forward hook, boolean mask."""
+    rows = []
+    for start in range(0, len(windows), 32):
+        batch = windows[start : start + 32]
+        ids = torch.tensor([window + [0] * (128 - len(window)) for window in batch], device=device)
+        mask = torch.tensor([[1] * len(window) + [0] * (128 - len(window)) for window in batch], device=device)
+        caught = []
+        handle = model.get_submodule(hook).register_forward_hook(lambda module, args, out, caught=caught: caught.append(out))
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask)
+        handle.remove()
+        mask[:, 0] = 0  # no row at BOS
+        rows.append(caught[0][mask.bool()].cpu())
+    return sum(map(len, rows))
+
+
+def our_harvest(model, hooks: list[str], windows: list[list[int]], storage: str, folder: Path) -> list[Path]:
+    """`harvest.harvest`, from windows that are cut already onto the disk; the stores' folders."""
+    flat = np.concatenate([np.asarray(window, np.int32) for window in windows])
+    lengths = np.asarray([len(window) for window in windows])
+    starts = np.concatenate([[0], lengths.cumsum()])
+    owner = np.repeat(np.arange(len(windows)), lengths)
+    kept = np.setdiff1d(np.arange(len(flat)), starts[:-1])  # all but BOS
+    tokens = {"flat": flat, "starts": starts, "window_document": np.arange(len(windows)), "token_ids": flat[kept]}
+    tokens |= {"window": owner[kept].astype(np.int32), "position": (np.arange(len(flat)) - starts[owner])[kept].astype(np.int32)}
+    counts = {"rows": len(kept), "windows": len(windows), "documents": len(windows), "tokens": len(flat)}
+    names = ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")
+    keys = [{"hook": hook, "activation_dtype": storage} for hook in hooks]
+    stores = [harvest.Partial(key["hook"], folder / harvest.digest_of(key)[:16], key) for key in keys]
+    harvest.harvest(model, None, stores, tokens, counts, dict.fromkeys(names, "") | {"non_finite": "refuse"})
+    return [store.folder for store in stores]
+
+
+def timed_harvest(*arguments) -> None:
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder:
+        our_harvest(*arguments, Path(folder))
+
+
+def bench_harvest(rounds: int, quick: bool) -> list[dict]:
+    """Rows kept per second, ours against the textbook way, on the same windows."""
+    rows = []
+    device = sae_utils.pick_device()
+    n = 64 if quick else 192
+    cases = [("lengths of mean 48, 32k words", 32_768, False), ("all windows full, 32k words", 32_768, True), ("lengths of mean 48, 262k words", 262_144, False)]
+    for case, vocab, full in cases[:1] if quick else cases:
+        model = gemma_shape(vocab, 640, 12, 4, 2048, torch.float32, device)
+        windows, hook = random_windows(n // 2 if full else n, full), "model.layers.6.mlp.down_proj"
+        some = windows[: len(windows) // 2]  # the slow way need not do them all: rates are compared
+        found = {}
+        ways = {
+            "textbook": lambda: found.update(textbook=textbook_harvest(model, hook, some, device)),  # noqa: B023
+            "ours": lambda: timed_harvest(model, [hook], windows, "float32"),  # noqa: B023
+        }
+        seconds = interleaved(ways, rounds)
+        kept = sum(len(window) - 1 for window in windows)
+        ours, other = kept / seconds["ours"], found["textbook"] / seconds["textbook"]
+        rows.append({"part": "harvest", "case": case, "ours": ours, "other": other, "ratio": ours / other, "machine": machine()})
+    table("rows kept per second, layer 6 of 12 (other: pad to 128, full forward with head, boolean mask)", rows)
+    if torch.cuda.is_available():
+        rows += rehearse_harvest(rounds)
+    return rows
+
+
+def rehearse_harvest(rounds: int) -> list[dict]:
+    """The full-size job's shape on a GPU: Gemma 3 1B with random weights, layers 6 and 20, bf16, against
+    what its matrix products alone would take."""
+    model = gemma_shape(262_144, 1152, 26, 4, 6912, torch.bfloat16, "cuda")
+    windows, rows = random_windows(4096, True), []
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    peak = 2 * 8192**3 / interleaved({"product": lambda: [a @ a for _ in range(20)]}, rounds)["product"] * 20
+    for layers in ([6], [20], [6, 20]):
+        hooks = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
+        seconds = interleaved({"ours": lambda: timed_harvest(model, hooks, windows, "bfloat16")}, rounds)["ours"]  # noqa: B023
+        weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name and "head" not in name)
+        kept, tokens = 4096 * 127, 4096 * 128
+        alone = peak / (2 * weights * (max(layers) + 1) / 26) * kept / tokens
+        case = f"Gemma 3 1B shape, layers {layers}"
+        rows.append({"part": "harvest", "case": case, "ours": kept / seconds, "other": alone, "ratio": kept / seconds / alone, "machine": machine()})
+    table("rows kept per second in bf16 (other: matrix products alone)", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# memory: the store and its shuffled reader at full size
+# ---------------------------------------------------------------------------------------------
+
+
+def anonymous_memory() -> float:
+    """RssAnon of this process in GB: memory that is not pages of a mapped file."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1e6
+
+
+def bench_memory(rounds: int, quick: bool) -> list[dict]:
+    """Peak anonymous memory while 3M rows of 1152 are written, verified and read shuffled.
+
+    A model of one embedding and one linear layer stands for the transformer: what is measured is
+    the store, not the model.
+    """
+    class Stub(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = torch.nn.Embedding(32_768, 64), torch.nn.Linear(64, 1152)
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            return self.out(self.embed(input_ids))
+
+    n, d_in = (100_000 if quick else 3_000_000), 1152
+    windows = random_windows(1000, True) * (-(-n // 127_000))
+    rows, peak, running = [], [0.0], True
+
+    def watch():
+        while running:
+            peak[0] = max(peak[0], anonymous_memory())
+            time.sleep(0.05)
+
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder:
+        base, model = anonymous_memory(), Stub().requires_grad_(False)
+        threading.Thread(target=watch).start()
+        def measured(case, work):
+            peak[0], begin = 0.0, time.perf_counter()
+            result = work()
+            row = {"part": "memory", "case": case, "ours": peak[0] - base, "other": 2.0, "ratio": (peak[0] - base) / 2}
+            rows.append(row | {"seconds": time.perf_counter() - begin, "machine": machine()})
+            return result
+
+        (store,) = measured(f"harvest of {n:,} rows", lambda: our_harvest(model, ["out"], windows, "bfloat16", Path(folder)))
+        opened = measured("opened, checksums compared", lambda: harvest.open_rows(store))
+
+        def epoch():
+            order = torch.randperm(len(opened))
+            total = torch.zeros(d_in)
+            for index in order.split(512):
+                total += opened.activations[index].float().sum(0)
+            return total
+
+        measured("one shuffled epoch in batches of 512", epoch)
+        running = False
+    table("GB of anonymous memory above the start (other: the limit)", rows)
+    print(f"peak resident size, mapped pages included: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    return rows
+
+
+PARTS = {"harvest": bench_harvest, "memory": bench_memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all, where none is named")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
+    options = parser.parse_args()
+    file = ROOT / "runs" / "bench.json"
+    known = json.loads(file.read_text()) if file.exists() else []
+    for part in options.parts or PARTS:
+        rows = PARTS[part](options.rounds, options.quick)
+        known = [row for row in known if row["part"] != part or row["machine"] != rows[0]["machine"]] + rows
+        sae_utils.write_json(file, known)
+
+
+if __name__ == "__main__":
+    main()
