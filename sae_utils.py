@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REFERENCE_L1_WEIGHT = 0.35  # 3e-4 * 1152: the reference's weight against the summed squared error
 
 
@@ -309,20 +309,29 @@ class SAE(nn.Module):
 
     W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in), b_dec (d_in); float32 throughout.
     Both biases start at zero, rows of W_dec as random unit vectors, W_enc as W_dec's transpose.
+    `architecture` says what becomes of pre_acts: "relu"; "topk", the k largest of each token;
+    "batchtopk" and "matryoshka", trained on the largest of a batch, are used as JumpReLU: pre_acts
+    where they exceed `threshold` (d_sae), else 0.
     `mean` (d_in) and `norm_scale` (0: each token's own norm) are what activations are normalised by;
     `density` and `max_act` (d_sae) are measured after training. `config` holds plain types only.
     """
 
-    def __init__(self, d_in: int, d_sae: int, *, seed: int = 0, norm_scale: float = 0.0, apply_b_dec_to_input: bool = False):
+    def __init__(
+        self, d_in: int, d_sae: int, *, seed: int = 0, architecture: str = "relu", k: int = 0, norm_scale: float = 0.0, apply_b_dec_to_input: bool = False
+    ):
         super().__init__()
         rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(rows)
-        self.W_enc = nn.Parameter(rows.T.clone())
+        self.W_enc = nn.Parameter(rows.clone().T)  # in memory as W_dec, which training profits from
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         for name, size in (("mean", d_in), ("density", d_sae), ("max_act", d_sae)):
             self.register_buffer(name, torch.zeros(size), persistent=False)
+        self.architecture, self.k = architecture, 0 if architecture == "relu" else k
+        self.jumps = architecture in ("batchtopk", "matryoshka")
+        if self.jumps:
+            self.register_buffer("threshold", torch.zeros(d_sae))
         self.norm_scale, self.apply_b_dec_to_input, self.config = norm_scale, apply_b_dec_to_input, {}
 
     @property
@@ -348,7 +357,13 @@ class SAE(nn.Module):
         """acts (…, d_sae) of normalised activations."""
         if self.apply_b_dec_to_input:
             x_unit = x_unit - self.b_dec
-        return torch.relu(x_unit @ self.W_enc + self.b_enc)
+        pre_acts = x_unit @ self.W_enc + self.b_enc
+        if self.architecture == "topk":
+            values, index = pre_acts.topk(self.k, sorted=False)
+            return torch.zeros_like(pre_acts).scatter_(-1, index, values.relu())
+        if self.jumps:
+            return torch.where(pre_acts > self.threshold, pre_acts, 0.0)
+        return pre_acts.relu()
 
     def decode_unit(self, acts: Tensor) -> Tensor:
         return acts @ self.W_dec + self.b_dec
@@ -370,7 +385,7 @@ class SAE(nn.Module):
                 "state_dict": {name: cpu(t) for name, t in self.state_dict().items()},
                 "activation_mean": cpu(self.mean), "norm_scale": self.norm_scale,
                 "density": cpu(self.density), "max_act": cpu(self.max_act),
-                "config": {**self.config, "apply_b_dec_to_input": self.apply_b_dec_to_input},
+                "config": {**self.config, "architecture": self.architecture, "k": self.k, "apply_b_dec_to_input": self.apply_b_dec_to_input},
                 "format_version": FORMAT_VERSION,
             }, temporary)  # fmt: skip
 
@@ -381,7 +396,8 @@ class SAE(nn.Module):
         if saved["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path} has format {saved['format_version']}, this code reads {FORMAT_VERSION}: train it again.")
         d_in, d_sae = saved["state_dict"]["W_enc"].shape
-        sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], apply_b_dec_to_input=saved["config"]["apply_b_dec_to_input"])
+        of_config = {name: saved["config"][name] for name in ("architecture", "k", "apply_b_dec_to_input")}
+        sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], **of_config)
         sae.load_state_dict(saved["state_dict"])
         sae.mean, sae.density, sae.max_act = saved["activation_mean"], saved["density"], saved["max_act"]
         sae.config = saved["config"]
@@ -411,31 +427,6 @@ def learning_rate(step: int, total_steps: int, lr: float, warmup_steps: int, lr_
     decay_steps = max(1, round(total_steps * lr_decay_fraction) - warmup_steps)
     progress = min(1.0, (step - warmup_steps) / decay_steps)
     return lr * (lr_min_ratio + (1 - lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def sae_loss(sae: SAE, x_unit: Tensor, l1_coeff: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, mse, l1, acts) of normalised rows (batch, d_in).
-
-    mse: mean over tokens and d_in; l1: sum over latents, mean over tokens; loss = mse + l1_coeff * l1.
-    """
-    acts = sae.encode_unit(x_unit)
-    mse = (sae.decode_unit(acts) - x_unit).square().mean()
-    l1 = acts.sum(dim=-1).mean()
-    return mse + l1_coeff * l1, mse, l1, acts
-
-
-@torch.no_grad()
-def project_decoder_gradient(sae: SAE) -> None:
-    """Removes from each decoder row's gradient its component along the row, which only the
-    renormalisation would undo (and Adam's moments would still remember)."""
-    along = (sae.W_dec.grad * sae.W_dec).sum(dim=1, keepdim=True)
-    sae.W_dec.grad -= along * sae.W_dec
-
-
-@torch.no_grad()
-def renormalise_decoder(sae: SAE) -> None:
-    """Unit norm for every row of W_dec: L1 would otherwise be gamed by growing them."""
-    sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import transformers
 
 import harvest
 import sae_utils
+import training
 
 
 def interleaved(ways: dict, rounds: int) -> dict[str, float]:
@@ -227,7 +228,102 @@ def bench_memory(rounds: int, quick: bool) -> list[dict]:
     return rows
 
 
-PARTS = {"harvest": bench_harvest, "memory": bench_memory}
+# ---------------------------------------------------------------------------------------------
+# training: steps per second
+# ---------------------------------------------------------------------------------------------
+
+
+def sae_with_l0(d_in: int, d_sae: int, l0: float, rows: torch.Tensor, **architecture) -> sae_utils.SAE:
+    """An SAE whose encoder bias is such that about `l0` latents are active on a row."""
+    sae = sae_utils.SAE(d_in, d_sae, **architecture).requires_grad_(False).to(rows.device)
+    pre_acts = (rows[:256] @ sae.W_enc).flatten()
+    sae.b_enc.fill_(-pre_acts.topk(int(l0 * 256)).values.min())
+    return sae
+
+
+def textbook_steps(sae: sae_utils.SAE, rows: torch.Tensor, batch_size: int, l1_coeff: float):
+    """DataLoader over a TensorDataset, nn.Linear, autograd, Adam, loss.item()."""
+    d_in, d_sae = sae.d_in, sae.d_sae
+    encoder, decoder = torch.nn.Linear(d_in, d_sae, device=rows.device), torch.nn.Linear(d_sae, d_in, device=rows.device)
+    with torch.no_grad():
+        encoder.weight.copy_(sae.W_enc.T), encoder.bias.copy_(sae.b_enc), decoder.weight.copy_(sae.W_dec.T), decoder.bias.zero_()
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-7)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows), batch_size=batch_size, shuffle=True)
+
+    def steps():
+        for (x,) in loader:
+            acts = encoder(x).relu()
+            loss = (decoder(acts) - x).square().mean() + l1_coeff * acts.sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return steps
+
+
+def our_steps(sae: sae_utils.SAE, rows: torch.Tensor, batch_size: int, l1_coeff: float, **settings):
+    """One pass of the notebook's loop: shuffled batches from a store in bfloat16, normalised, stepped; read at its end."""
+    rows = rows.bfloat16()
+    trainer, epochs = training.Trainer(sae, l1_coeff, **settings), iter(range(10**6))
+    trainer.active_share = 0.0
+
+    def steps():
+        index = training.epoch_order(len(rows), 0, next(epochs))
+        for batch in training.shuffled_batches(rows, index, batch_size, super_batch=4 * batch_size):
+            trainer.step(sae.normalise(batch)[0], 1e-7)
+        trainer.read(reset=True)
+
+    return steps
+
+
+def floor_steps(sae: sae_utils.SAE, rows: torch.Tensor, batch_size: int):
+    """Encoder product and fused Adam alone."""
+    trainer, x = training.Trainer(sae), rows[:batch_size]
+    pre_acts, parameters = torch.empty(batch_size, sae.d_sae, device=rows.device), list(trainer.parameters.values())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.Adam(parameters, lr=1e-7, fused=True)
+
+    def steps():
+        for _ in range(len(rows) // batch_size):
+            torch.addmm(trainer.b_enc, x, trainer.W_enc.T, out=pre_acts)
+            optimizer.step()
+
+    return steps
+
+
+def bench_training(rounds: int, quick: bool) -> list[dict]:
+    """Time of a step at 512 x 1152 -> 9,216, ReLU + L1, against the textbook loop and against the floor."""
+    torch.set_flush_denormal(True)
+    device, rows = sae_utils.pick_device(), []
+    d_in, d_sae, n_steps = (96, 768, 2) if quick else (1152, 9216, 4)
+    data = torch.nn.functional.normalize(torch.randn(512 * n_steps, d_in), dim=1).to(device)
+    for l0 in (32, 100):
+        make = lambda: sae_with_l0(d_in, d_sae, l0, data)  # noqa: B023
+        ways = {"textbook": textbook_steps(make(), data, 512, 3e-4), "ours": our_steps(make(), data, 512, 3e-4), "floor": floor_steps(make(), data, 512)}
+        ways["ours, dense"] = our_steps(make(), data, 512, 3e-4, sparse_below=0.0)
+        seconds = {name: value / n_steps for name, value in interleaved(ways, rounds).items()}
+        for other in ("textbook", "ours, dense", "floor"):
+            case = f"{d_in} -> {d_sae}, L0 {l0}, against {other}"
+            ratio = seconds[other] / seconds["ours"] if other != "floor" else seconds["ours"] / seconds["floor"]
+            row = {"part": "training", "case": case, "ours": 1000 * seconds["ours"], "other": 1000 * seconds[other], "ratio": ratio}
+            rows.append(row | {"machine": machine()})
+    table("milliseconds of a step (ratio: other / ours; for the floor ours / floor)", rows)
+    if not quick:
+        more = []
+        for share in (0.04, 0.06, 0.08, 0.1, 0.12):
+            make = lambda: sae_with_l0(d_in, d_sae, share * d_sae, data)  # noqa: B023
+            ways = {"sparse": our_steps(make(), data, 512, 3e-4, sparse_below=1.0), "dense": our_steps(make(), data, 512, 3e-4, sparse_below=0.0)}
+            seconds = {name: 1000 * value / n_steps for name, value in interleaved(ways, rounds).items()}
+            row = {"part": "training", "case": f"share of active entries {share:g}, sparse against dense", "ours": seconds["sparse"]}
+            more.append(row | {"other": seconds["dense"], "ratio": seconds["dense"] / seconds["sparse"], "machine": machine()})
+        table("where the sparse step pays (SPARSE_BELOW is set from this)", more)
+        rows += more
+    return rows
+
+
+PARTS = {"harvest": bench_harvest, "memory": bench_memory, "training": bench_training}
 
 
 def main() -> None:

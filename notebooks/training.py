@@ -1,0 +1,400 @@
+"""One training step, written once, and what a long run needs around it.
+
+The step works out its gradients by hand. With `acts` mostly zeros, everything after the encoder
+needs only the active entries: they are gathered once and four of the five matrix products of a step
+become sparse. tests/test_training.py has the same in autograd, as the readable reference.
+"""
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as functional_adam
+
+import sae_utils
+
+# Share of active entries below which the sparse step is the faster one on a CPU: `make bench
+# PART=training` prints both around it.
+SPARSE_BELOW = 0.08
+THRESHOLD_DECAY = 0.99  # of the running mean of the smallest activation that a batch keeps
+PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of a Matryoshka SAE's latents, each a reconstruction of its own
+
+
+def nonzero_flat(mask: Tensor) -> Tensor:
+    """Positions of the True entries in the flattened mask, ascending.
+
+    Looks at eight entries at a time first: where few are True this is several times faster.
+    """
+    if mask.numel() % 8 or not mask.is_contiguous():
+        return mask.flatten().nonzero().flatten()
+    words = mask.view(-1).view(torch.int64).nonzero().flatten()
+    inside = mask.view(-1, 8)[words].nonzero()
+    return words[inside[:, 0]] * 8 + inside[:, 1]
+
+
+def csr(row_starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(row_starts, columns, values, size, check_invariants=False)
+
+
+class Trainer:
+    """Trains `sae` in place, step by step: `step(x_unit, lr)` with normalised rows (batch, d_in).
+
+    loss = mean over prefixes of mse + l1_coeff * l1 (ReLU only) + auxk_weight * aux (where above 0)
+
+    mse: mean over tokens and d_in of the squared error; the prefixes are all latents, but for
+    "matryoshka" those of PREFIXES. l1: mean over tokens of the sum of acts. aux (AuxK, Gao et al.
+    2024): how well the `d_in // 2` strongest of the latents that were silent for `dead_after` steps
+    rebuild what the others leave over. "topk" keeps the k largest of each token, "batchtopk" and
+    "matryoshka" the k * batch largest of the batch; these two keep a running threshold, with which
+    the SAE is used afterwards.
+
+    Nothing is read back from the device within a step on CUDA. `read()` returns the sums since the
+    last `read(reset=True)`. A step whose loss is not finite changes nothing, nor does any after it.
+    """
+
+    def __init__(self, sae: sae_utils.SAE, l1_coeff: float = 0.0, auxk_weight: float = 0.0, dead_after: int = 1000, sparse_below: float = SPARSE_BELOW):
+        self.sae, self.auxk_weight, self.dead_after = sae.requires_grad_(False), auxk_weight, dead_after
+        self.l1_coeff = l1_coeff if sae.architecture == "relu" else 0.0
+        self.W_enc, self.W_dec, self.b_enc, self.b_dec = sae.W_enc.data.T, sae.W_dec.data, sae.b_enc.data, sae.b_dec.data
+        assert self.W_enc.is_contiguous()  # (d_sae, d_in): both weights' gradients are then sums of rows
+        self.device = self.W_dec.device
+        self.parameters = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        zeros_like = lambda: {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
+        self.gradients, self.first, self.second = zeros_like(), zeros_like(), zeros_like()  # Adam's two moments
+        self.adam_steps = {name: torch.zeros((), device=self.W_dec.device) for name in self.parameters}
+        nested = sae.architecture == "matryoshka"
+        self.ends = sorted({max(1, round(share * sae.d_sae)) for share in PREFIXES}) if nested else [sae.d_sae]
+        self.product_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.sparse_below = sparse_below if self.device.type == "cpu" else 0.0
+        self.active_share = min(1.0, sae.k / sae.d_sae) if sae.k else 1.0  # of the entries, in the last step
+        self.any_dead, self.steps, self.buffers = False, 0, {}
+        with warnings.catch_warnings():  # torch says once that its sparse matrices are in beta; what is used here is tested
+            warnings.simplefilter("ignore")
+            csr(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1))
+        zeros = lambda *size, dtype=torch.float32: torch.zeros(size, device=self.device, dtype=dtype)
+        self.state = {
+            "sums": zeros(4), "rows": zeros(1), "fired": zeros(sae.d_sae), "strength": zeros(1),
+            "silent_steps": zeros(sae.d_sae, dtype=torch.int64), "threshold": zeros(2), "first_bad": torch.full((1,), -1, device=self.device),
+        }  # fmt: skip
+
+    def buffer(self, name: str, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory that is used again at every step: fresh pages would cost more than the arithmetic."""
+        if name not in self.buffers or self.buffers[name].shape != size:
+            self.buffers[name] = torch.empty(size, device=self.device, dtype=dtype)
+        return self.buffers[name]
+
+    @torch.no_grad()
+    def step(self, x: Tensor, lr: float) -> None:
+        x_in = x - self.b_dec if self.sae.apply_b_dec_to_input else x
+        pre_acts = self.buffer("pre_acts", len(x), self.sae.d_sae)
+        if self.product_dtype == torch.float32:
+            torch.addmm(self.b_enc, x_in, self.W_enc.T, out=pre_acts)
+        else:
+            torch.add(self.product(x_in, self.W_enc.T), self.b_enc, out=pre_acts)
+        pre_acts.clamp_min_(0)  # no architecture keeps what is below
+        gradients = self.sparse if self.active_share < self.sparse_below else self.dense
+        mse, first_mse, l1, aux, fired, smallest = gradients(x, x_in, pre_acts)
+        loss = first_mse + self.l1_coeff * l1 + self.auxk_weight * aux
+        first_bad = self.state["first_bad"]
+        bad = ~loss.isfinite() | (first_bad >= 0)
+        self.state["first_bad"] = torch.where(bad & (first_bad < 0), self.steps, first_bad)
+        self.good = (~bad).float()[0]
+        if self.sae.apply_b_dec_to_input:
+            self.gradients["b_dec"].sub_(self.W_enc.T @ self.gradients["b_enc"])
+        self.adam(lr)
+        self.W_dec.mul_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).reciprocal_())
+        n, good, state = len(x), self.good, self.state
+        state["sums"] += good * n * torch.stack([loss, mse, l1, fired.sum() / n]).nan_to_num(0, 0, 0)
+        state["strength"] += good * (l1 * n).nan_to_num(0, 0, 0)
+        state["rows"] += good * n
+        state["fired"] += good * fired
+        state["silent_steps"] = torch.where(fired > 0, 0, state["silent_steps"] + 1)
+        kept = good * smallest.isfinite()
+        new = torch.stack([smallest.nan_to_num(0, 0, 0), torch.ones_like(smallest)])
+        state["threshold"] = torch.where(kept > 0, THRESHOLD_DECAY * state["threshold"] + (1 - THRESHOLD_DECAY) * new, state["threshold"])
+        self.steps += 1
+        if self.device.type == "cpu":
+            self.active_share = fired.sum().item() / (n * self.sae.d_sae)
+
+    def adam(self, lr: float) -> None:
+        """Adam on all parameters; where this step or one before it was bad, nothing changes."""
+        if self.device.type == "mps" and not self.good:  # there the fused kernel has not been seen to honour found_inf
+            return
+        names = list(self.parameters)
+        functional_adam(
+            list(self.parameters.values()), [self.gradients[name] for name in names], [self.first[name] for name in names],
+            [self.second[name] for name in names], [], [self.adam_steps[name] for name in names], fused=True, found_inf=1 - self.good,
+            amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.to(self.product_dtype) @ b.to(self.product_dtype)).float()
+
+    # -- which entries are active
+
+    def keep(self, pre_acts: Tensor) -> Tensor:
+        """Boolean (batch, d_sae): the entries that the architecture keeps while it trains; none is 0."""
+        sae, n = self.sae, len(pre_acts)
+        mask = self.buffer("mask", *pre_acts.shape, dtype=torch.bool)
+        if sae.architecture == "relu":
+            return mask.copy_(pre_acts)  # a conversion, several times as fast as a comparison
+        if sae.architecture == "topk":
+            return mask.zero_().scatter_(1, pre_acts.topk(sae.k, sorted=False).indices, True) & (pre_acts > 0)
+        candidates = pre_acts.flatten()
+        if self.device.type == "cpu":  # the largest are among those near the running threshold, if these are enough
+            near = pre_acts > 0.7 * self.threshold()
+            if near.sum() >= sae.k * n:
+                candidates = candidates[nonzero_flat(near)]
+        cutoff = candidates.topk(sae.k * n, sorted=False).values.min()
+        return (pre_acts >= cutoff) & (pre_acts > 0)
+
+    def silent(self, pre_acts: Tensor) -> Tensor:
+        """Boolean (batch, d_sae): for each token the strongest of the latents that are dead by now."""
+        dead = self.state["silent_steps"] >= self.dead_after
+        among = pre_acts.masked_fill(~dead, 0)
+        most = min(self.sae.d_in // 2, self.sae.d_sae)
+        return torch.zeros_like(among, dtype=torch.bool).scatter_(1, among.topk(most, sorted=False).indices, True) & (among > 0)
+
+    # -- the gradients, dense and sparse
+
+    def errors(self, parts: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """From what each group of latents adds, (groups, batch, d_in): mse of the whole, the mean mse of the
+        prefixes, aux, and the loss's gradient with respect to each group's part, in place of the parts."""
+        prefixes = len(self.ends)
+        error = parts[:prefixes]
+        if prefixes > 1:
+            error.copy_(error.cumsum(0))
+        error.add_(self.b_dec).sub_(x)
+        each = error.square().mean(dim=(1, 2))
+        aux = torch.zeros((), device=x.device)
+        if len(parts) > prefixes:
+            parts[-1].add_(error[-1])  # aims at what is left over, x - x_hat
+            aux = parts[-1].square().mean()
+            parts[-1].mul_(2 * self.auxk_weight / x.numel())
+        error.mul_(2 / (x.numel() * prefixes))
+        if prefixes > 1:
+            error.copy_(error.flip(0).cumsum(0).flip(0))
+        torch.sum(error[0], 0, out=self.gradients["b_dec"])
+        return each[-1], each.mean(), aux, parts
+
+    def dense(self, x: Tensor, x_in: Tensor, pre_acts: Tensor):
+        mask, n = self.keep(pre_acts), len(x)
+        acts = torch.mul(pre_acts, mask, out=self.buffer("acts", *pre_acts.shape))
+        groups = list(zip([0, *self.ends], self.ends, strict=False))
+        use_aux = self.auxk_weight > 0 and self.any_dead
+        parts = self.buffer("parts", len(groups) + use_aux, *x.shape)
+        for part, (first, last) in zip(parts, groups, strict=False):
+            part.copy_(self.product(acts[:, first:last], self.W_dec[first:last]))
+        aux_mask = self.silent(pre_acts) if use_aux else None
+        if use_aux:
+            aux_acts = pre_acts * aux_mask
+            parts[-1].copy_(self.product(aux_acts, self.W_dec))
+        mse, loss, aux, slopes = self.errors(parts, x)
+        d_pre, W_grad = self.buffer("d_pre", *pre_acts.shape), self.gradients["W_dec"]
+        for slope, (first, last) in zip(slopes, groups, strict=False):
+            d_pre[:, first:last] = self.product(slope, self.W_dec[first:last].T)
+            W_grad[first:last] = self.product(acts[:, first:last].T, slope)
+        if self.l1_coeff:
+            d_pre.add_(self.l1_coeff / n)
+        d_pre.mul_(mask)
+        if use_aux:
+            W_grad.add_(self.product(aux_acts.T, slopes[-1]))
+            d_pre.add_(self.product(slopes[-1], self.W_dec.T).mul_(aux_mask))
+        self.gradients["W_enc"].copy_(self.product(d_pre.T, x_in))
+        torch.sum(d_pre, 0, out=self.gradients["b_enc"])
+        W_grad.sub_((W_grad * self.W_dec).sum(dim=1, keepdim=True) * self.W_dec)
+        smallest = acts.masked_fill(~mask, torch.inf).amin() if self.sae.jumps else torch.full((), torch.inf, device=x.device)
+        return mse, loss, acts.sum() / n, aux, mask.sum(0, dtype=torch.float32), smallest
+
+    def sparse(self, x: Tensor, x_in: Tensor, pre_acts: Tensor):
+        """As `dense`, from the active entries alone. Row g * batch + i of the sparse matrices holds what
+        group g of latents does for token i; the groups are the prefixes' differences, then AuxK's."""
+        n, d_sae = pre_acts.shape
+        flat = nonzero_flat(self.keep(pre_acts))
+        token, latent = flat // d_sae, flat % d_sae
+        acts, row, main = pre_acts.view(-1)[flat], token, len(flat)
+        if len(self.ends) > 1:
+            row = token + n * torch.bucketize(latent, torch.tensor(self.ends), right=True)
+        if self.auxk_weight > 0 and self.any_dead:
+            extra = nonzero_flat(self.silent(pre_acts))
+            token, latent = torch.cat([token, extra // d_sae]), torch.cat([latent, extra % d_sae])
+            acts, row = torch.cat([acts, pre_acts.view(-1)[extra]]), torch.cat([row, extra // d_sae + n * len(self.ends)])
+        fired = torch.zeros(d_sae).index_add_(0, latent[:main], torch.ones(main))
+        l1 = acts[:main].sum() / n
+        smallest = acts[:main].amin() if main else torch.tensor(torch.inf)
+        weight = torch.full_like(acts, self.l1_coeff / n)  # of L1 in each entry's gradient
+        weight[main:] = 0
+        if len(self.ends) > 1:
+            order = row.argsort(stable=True)
+            token, latent, acts, row, weight = (t[order] for t in (token, latent, acts, row, weight))
+        n_parts = len(self.ends) + (self.auxk_weight > 0 and self.any_dead)
+        starts = torch.searchsorted(row, torch.arange(n_parts * n + 1)).int()
+        columns, size = latent.int(), (n_parts * n, d_sae)
+        parts = self.buffer("parts", n_parts, *x.shape)
+        torch.addmm(self.zero_rows(size[0]), csr(starts, columns, acts, size), self.W_dec, beta=0, out=parts.view(-1, x.shape[1]))
+        mse, loss, aux, slopes = self.errors(parts, x)
+        slopes = slopes.view(-1, x.shape[1])
+        pattern = csr(starts, columns, torch.zeros_like(acts), size)
+        d_acts = torch.sparse.sampled_addmm(pattern, slopes, self.W_dec.T, beta=0).values()
+        along = torch.zeros(d_sae).index_add_(0, latent, acts * d_acts)  # each row's gradient along the row
+        d_pre = d_acts + weight
+        self.gradients["b_enc"].zero_().index_add_(0, latent, d_pre)
+        order = columns.argsort(stable=True)
+        starts = torch.searchsorted(columns[order], torch.arange(d_sae + 1, dtype=torch.int32)).int()
+        torch.mul(self.W_dec, along.neg_()[:, None], out=self.gradients["W_dec"])  # takes out the part along the rows
+        for name, rows, values, other in (("W_dec", row, acts, slopes), ("W_enc", token, d_pre, x_in)):
+            gradient, matrix = self.gradients[name], csr(starts, rows[order].int(), values[order], (d_sae, len(other)))
+            torch.addmm(gradient, matrix, other, beta=int(name == "W_dec"), out=gradient)
+        return mse, loss, l1, aux, fired, smallest
+
+    def zero_rows(self, n: int) -> Tensor:
+        return self.buffer("zero", n, self.sae.d_in)
+
+    # -- reading, and going on later
+
+    def threshold(self) -> float | Tensor:
+        total, weight = self.state["threshold"]
+        return total / weight.clamp_min(1e-12)
+
+    def read(self, reset: bool = False) -> dict:
+        """loss, mse, l1, l0 (means over the rows since the last reset), fired (d_sae), mean_when_active.
+        Raises UserError, naming the step, where the loss was not a finite number."""
+        state = self.state
+        first_bad = int(state["first_bad"])
+        if first_bad >= 0:
+            raise sae_utils.UserError(
+                f"the loss was not a finite number at step {first_bad}, and training stopped there; the last checkpoint is kept: try a lower lr."
+            )
+        rows = state["rows"].clamp_min(1)
+        result = dict(zip(("loss", "mse", "l1", "l0"), (state["sums"] / rows).tolist(), strict=True))
+        result |= {"fired": state["fired"].clone(), "mean_when_active": (state["strength"] / state["fired"].sum().clamp_min(1)).item()}
+        self.any_dead = bool((state["silent_steps"] >= self.dead_after).any())
+        if self.sae.jumps:
+            self.sae.threshold.fill_(float(self.threshold()))
+        if reset:
+            for name in ("sums", "rows", "fired", "strength"):
+                state[name] = torch.zeros_like(state[name])
+        return result
+
+    def state_dict(self) -> dict:
+        """Everything that the next steps depend on, on the CPU."""
+        groups = {name: getattr(self, name) for name in ("parameters", "first", "second", "adam_steps", "state")}
+        tensors = {name: {n: t.cpu() for n, t in group.items()} for name, group in groups.items()}
+        return tensors | {"steps": self.steps, "active_share": self.active_share, "any_dead": self.any_dead}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for group in ("parameters", "first", "second", "adam_steps"):
+            for name, mine in getattr(self, group).items():
+                mine.copy_(saved[group][name])
+        self.state = {name: value.to(self.device) for name, value in saved["state"].items()}
+        self.steps, self.active_share, self.any_dead = saved["steps"], saved["active_share"], saved["any_dead"]
+        if self.sae.jumps:
+            self.sae.threshold.fill_(float(self.threshold()))
+
+
+def save_checkpoint(path: Path, trainer: Trainer, **more) -> None:
+    """Writes what resuming needs; `more`: plain types."""
+    with sae_utils.atomic(path) as temporary:
+        with temporary.open("wb") as file:
+            torch.save({"trainer": trainer.state_dict(), **more}, file)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: the old checkpoint goes only when the new one is safe
+
+
+def load_checkpoint(path: Path, trainer: Trainer) -> dict:
+    """Brings the trainer to where `save_checkpoint` left it; returns what was saved beside it."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    trainer.load_state_dict(saved.pop("trainer"))
+    return saved
+
+
+# ---------------------------------------------------------------------------------------------
+# The order of the data
+# ---------------------------------------------------------------------------------------------
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """A uniform permutation of n rows that depends on the seed and the epoch only, so that a run which
+    goes on in the middle of an epoch finds its place."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def shuffled_batches(activations: Tensor, index: Tensor, batch_size: int, device: str = "cpu", super_batch: int = 32768):
+    """Yields activations[index] in batches, raw and in the storage dtype, on `device`.
+
+    From a memory-mapped store rows are gathered many batches at a time, in the order in which they lie
+    on disk, while the batches before are trained on. On a GPU the whole store is looked up there
+    instead, where `activations` is there already.
+    """
+    if activations.device.type != "cpu":
+        yield from (activations[part] for part in index.to(activations.device).split(batch_size))
+        return
+    stored = activations.view(torch.int16) if activations.element_size() == 2 else activations  # numpy has no bfloat16
+    stored, size = stored.numpy(), max(1, super_batch // batch_size) * batch_size
+
+    def gather(part: Tensor) -> Tensor:
+        wanted = part.numpy()
+        order = np.argsort(wanted, kind="stable")
+        block = np.empty((len(wanted), stored.shape[1]), stored.dtype)
+        for start in range(0, len(order), 1024):  # numpy, since torch's threads are at work on the step
+            here = order[start : start + 1024]
+            block[here] = stored[wanted[here]]
+        return torch.from_numpy(block).view(activations.dtype)
+
+    with ThreadPoolExecutor(1) as pool:
+        blocks = index.split(size) if len(index) else []
+        coming = pool.submit(gather, blocks[0]) if blocks else None
+        for number in range(len(blocks)):
+            block = coming.result()
+            if number + 1 < len(blocks):
+                coming = pool.submit(gather, blocks[number + 1])
+            for batch in block.split(batch_size):
+                yield batch.to(device)
+
+
+def on_device(activations: Tensor, device: str) -> Tensor:
+    """The activations on the GPU where they fit beside what training needs (a fifth is left free), else as they are."""
+    if not device.startswith("cuda"):
+        return activations
+    free, _ = torch.cuda.mem_get_info()
+    return activations.to(device) if activations.numel() * activations.element_size() < 0.8 * free - 2**31 else activations
+
+
+# ---------------------------------------------------------------------------------------------
+# Doctor
+# ---------------------------------------------------------------------------------------------
+
+
+def doctor(metrics: dict, history: list[dict], architecture: str) -> list[str]:
+    """What deserves a second look after training, one line each, with the parameter to change and in
+    which direction. `metrics`: fvu, l0, dead on held-out rows and train_fvu; `history`: one entry for
+    each epoch with held_out_loss."""
+    sparsity = ("l1_coeff", "lower", "raise") if architecture == "relu" else ("k", "raise", "lower")
+    name, less_sparse, more_sparse = sparsity
+    lines = []
+    if metrics["fvu"] is not None and metrics["fvu"] > 1:
+        lines.append(f"the reconstruction is worse than the mean (fvu {metrics['fvu']:.2f}): {less_sparse} {name}.")
+    if metrics["dead"] > 0.1:
+        cure = "lower l1_coeff or lr" if architecture == "relu" else "raise auxk_weight, or lower lr"
+        lines.append(f"{metrics['dead']:.0%} of the latents are dead: {cure}, or lower expansion.")
+    if metrics["l0"] < 5:
+        lines.append(f"only {metrics['l0']:.1f} latents are active per token: {less_sparse} {name}.")
+    if metrics["l0"] > 300:
+        lines.append(f"{metrics['l0']:.0f} latents are active per token, too many to read: {more_sparse} {name}.")
+    if metrics["fvu"] is not None and metrics["fvu"] > 1.2 * metrics["train_fvu"] + 0.01:
+        lines.append(
+            f"fvu is {metrics['fvu']:.3f} on held-out rows and {metrics['train_fvu']:.3f} on training rows: raise n_activations, or lower epochs or expansion."
+        )
+    curve = [entry["held_out_loss"] for entry in history]
+    if len(curve) >= 5:
+        tail, best = curve[-max(2, len(curve) // 5)], min(curve)
+        if curve[-1] < 0.97 * tail:
+            lines.append(f"the held-out loss still fell by {1 - curve[-1] / tail:.1%} in the last fifth of the run: raise epochs.")
+        settled = next(i for i, value in enumerate(curve, 1) if value <= 1.005 * best)
+        if settled < len(curve) / 3:
+            lines.append(f"the held-out loss has not improved since epoch {settled} of {len(curve)}: lower epochs, or set early_stop_epochs.")
+    return lines

@@ -1,0 +1,135 @@
+"""What each recipe reaches on held-out rows of one model and text, and on known directions.
+
+    python tests/quality.py MODEL TEXT [--layer 2] [--steps 6000]      real activations
+    python tests/quality.py known                                      synthetic ones
+
+Tables go to the terminal, rows to runs/quality.json.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+
+import torch
+from bench import table
+
+import experiment
+import harvest
+import sae_utils
+import training
+
+
+def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, **recipe) -> sae_utils.SAE:
+    """`steps` steps of batch 512 over shuffled epochs of rows[index], as the notebook's loop does."""
+    recipe = {"architecture": "relu", "k": 0, "lr": 3e-3, "l1_weight": 0.147, "auxk_weight": 0.0, "normalize": "scale", "apply_b_dec_to_input": False, "seed": 0} | recipe
+    mean, norms = sae_utils.activation_stats(rows, index)
+    scale = norms[index].double().mean().item() if recipe["normalize"] == "scale" else 0.0
+    settings = {name: recipe[name] for name in ("seed", "architecture", "k", "apply_b_dec_to_input")}
+    sae = sae_utils.SAE(rows.shape[1], expansion * rows.shape[1], norm_scale=scale, **settings)
+    sae.mean.copy_(mean)
+    trainer = training.Trainer(sae, recipe["l1_weight"] / sae.d_in, recipe["auxk_weight"], recipe.get("dead_after", 1000))
+    epoch = itertools.count(1)
+    batches = itertools.chain.from_iterable(
+        training.shuffled_batches(rows, index[training.epoch_order(len(index), recipe["seed"], e)], 512) for e in epoch
+    )
+    for step, batch in enumerate(itertools.islice(batches, steps)):
+        trainer.step(sae.normalise(batch)[0], sae_utils.learning_rate(step, steps, recipe["lr"], 500, recipe.get("lr_min_ratio", 0.5), 0.8))
+        if step % 100 == 99:
+            trainer.read(reset=True)
+    trainer.read()
+    return sae
+
+
+RECIPES = {
+    f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.06, 0.147, 0.35)
+} | {
+    f"{name} k {k}": {"architecture": name, "k": k, "auxk_weight": 1 / 32} for name in ("topk", "batchtopk", "matryoshka") for k in (8, 16, 24)
+}  # fmt: skip
+
+
+def on_text(options, recipes: dict) -> list[dict]:
+    params = {"model_name": options.model, "dataset_name": options.text, "layer": options.layer, "n_activations": 700_000, "activation_dtype": "float32"}
+    params = experiment.check_params("sae_training", params)
+    hook = sae_utils.find_hook(options.model, options.layer)
+    model, tokenizer = sae_utils.load_model(options.model)
+    loaded = harvest.as_loaded(params, model, tokenizer, harvest.open_text(params))
+    rows = harvest.get_rows(model, tokenizer, hook, loaded, ROOT / "runs" / "activations")
+    in_train, held_out = harvest.split_windows(rows.window_document, 0.1)
+    index, other = in_train[rows.window].nonzero().flatten(), held_out[rows.window].nonzero().flatten()
+    texts = [rows.windows[w] for w in held_out.nonzero().flatten()[:512].tolist()]
+    mean = rows.activations[index].double().mean(0).float()
+    results = []
+    for name, recipe in recipes.items():
+        begin = time.perf_counter()
+        sae = train(rows.activations, index, 8, options.steps, **recipe)
+        seconds = time.perf_counter() - begin
+        scores = sae_utils.score_rows(sae, rows.activations, other)
+        ces = sae_utils.cross_entropies(model, tokenizer, hook, sae, texts, mean)
+        results.append({"recipe": name, "fvu": scores["fvu"], "l0": scores["l0"], "dead": scores["dead"], "ce_recovered": ces["ce_recovered"], "seconds": seconds})
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
+    return results
+
+
+def known_directions(n: int, d_in: int = 128, n_true: int = 512, active: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows (n, d_in), directions (n_true, d_in), coefficients (n, n_true)): sparse non-negative
+    combinations of random unit vectors, plus a mean and a little noise."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(n_true, d_in, generator=generator), dim=1)
+    on = torch.rand(n, n_true, generator=generator).argsort(1)[:, :active]
+    coefficients = torch.zeros(n, n_true).scatter_(1, on, 0.5 + torch.rand(n, active, generator=generator))
+    noise = 0.02 * torch.randn(n, d_in, generator=generator)
+    return coefficients @ directions + noise + torch.randn(d_in, generator=generator), directions, coefficients
+
+
+def recovery(sae: sae_utils.SAE, directions: torch.Tensor, rows: torch.Tensor, coefficients: torch.Tensor) -> dict:
+    """Mean over true directions of the largest cosine with a decoder row, and the mean F1 of that latent
+    (active) as a detector of the direction (present), on `rows`."""
+    cosine = directions @ sae.W_dec.T
+    best = cosine.max(1)
+    on, fired = coefficients > 0, sae.encode(rows)[:, best.indices] > 0
+    both = (on & fired).sum(0).double()
+    f1 = 2 * both / (on.sum(0) + fired.sum(0)).clamp_min(1)
+    return {"max_cosine": best.values.mean().item(), "f1": f1.mean().item()}
+
+
+def on_known(options, recipes: dict) -> list[dict]:
+    rows, directions, coefficients = known_directions(200_000)
+    test_rows, _, test_coefficients = known_directions(220_000)
+    test_rows, test_coefficients = test_rows[200_000:], test_coefficients[200_000:]
+    del coefficients
+    results = []
+    untrained = sae_utils.SAE(128, 1024)
+    untrained.mean.copy_(rows.mean(0))
+    for name, recipe in {"untrained": None, **recipes}.items():
+        sae = untrained.requires_grad_(False) if recipe is None else train(rows, torch.arange(len(rows)), 8, options.steps, **recipe)
+        scores = sae_utils.score_rows(sae, test_rows, torch.arange(len(test_rows)))
+        results.append({"recipe": name, **recovery(sae, directions, test_rows, test_coefficients), "fvu": scores["fvu"], "l0": scores["l0"], "dead": scores["dead"]})
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a model's folder or id, or `known`")
+    parser.add_argument("text", nargs="?")
+    parser.add_argument("--layer", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6000)
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    if options.model == "known":
+        recipes = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.15, 0.3, 0.6)}
+        recipes |= {f"{a} k 24": {"architecture": a, "k": 24, "auxk_weight": 1 / 32} for a in ("topk", "batchtopk", "matryoshka")}
+        results = on_known(options, recipes)
+    else:
+        results = on_text(options, RECIPES)
+    table(options.model, results)
+    sae_utils.write_json(ROOT / "runs" / f"quality-{Path(options.model).name}.json", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The training step against autograd, its order of the data, going on after a stop, the doctor."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+import sae_utils as u
+import training
+
+ARCHITECTURES = ["relu", "topk", "batchtopk", "matryoshka"]
+D_IN, D_SAE, BATCH, K, L1, AUX = 16, 64, 40, 5, 0.02, 0.3
+
+
+def make_sae(architecture: str, apply_b_dec: bool = False) -> u.SAE:
+    """An SAE with random biases, on which about a tenth of the pre-activations are above zero."""
+    sae = u.SAE(D_IN, D_SAE, seed=int(torch.randint(10**6, ())), architecture=architecture, k=K, apply_b_dec_to_input=apply_b_dec).requires_grad_(False)
+    sae.b_enc.normal_(-0.35, 0.1)
+    sae.b_dec.normal_(std=0.1)
+    return sae
+
+
+def unit_rows(n: int = BATCH) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(n, D_IN), dim=1)
+
+
+def reference_loss(architecture: str, W_enc, b_enc, W_dec, b_dec, x, apply_b_dec: bool, dead: Tensor | None) -> Tensor:
+    """The loss as one would write it for autograd. W_enc (d_in, d_sae)."""
+    pre = (x - b_dec if apply_b_dec else x) @ W_enc + b_enc
+    positive = pre.relu()
+    if architecture == "topk":
+        kept = torch.zeros_like(pre).scatter(1, pre.topk(K).indices, 1.0)
+    elif architecture in ("batchtopk", "matryoshka"):
+        kept = torch.zeros(pre.numel(), dtype=pre.dtype).scatter(0, pre.flatten().topk(K * len(x)).indices, 1.0).view_as(pre)
+    else:
+        kept = torch.ones_like(pre)
+    acts = positive * kept
+    ends = [4, 8, 16, 32, 64] if architecture == "matryoshka" else [64]
+    loss = torch.stack([(acts[:, :end] @ W_dec[:end] + b_dec - x).square().mean() for end in ends]).mean()
+    if architecture == "relu":
+        loss = loss + L1 * acts.sum(1).mean()
+    if dead is not None:
+        among = pre.masked_fill(~dead, -torch.inf)
+        chosen = torch.zeros_like(pre).scatter(1, among.topk(min(D_IN // 2, int(dead.sum()))).indices, 1.0)
+        left_over = (x - acts @ W_dec - b_dec).detach()
+        loss = loss + AUX * ((positive * chosen) @ W_dec - left_over).square().mean()
+    return loss
+
+
+def without_part_along_rows(gradient: Tensor, W_dec: Tensor) -> Tensor:
+    return gradient - (gradient * W_dec).sum(1, keepdim=True) * W_dec
+
+
+@pytest.mark.parametrize("with_dead", [False, True])
+@pytest.mark.parametrize("apply_b_dec", [False, True])
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_equal_autograd(architecture, path, apply_b_dec, with_dead):
+    sae, x = make_sae(architecture, apply_b_dec), unit_rows()
+    trainer = training.Trainer(sae, L1, AUX, sparse_below=2.0 if path == "sparse" else 0.0)
+    dead = None
+    if with_dead:
+        dead = torch.rand(D_SAE) < 0.3
+        trainer.state["silent_steps"][dead] = 10**6
+        trainer.any_dead = True
+    weights = [p.double().detach().requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    loss = reference_loss(architecture, *weights, x.double(), apply_b_dec, dead)
+    loss.backward()
+    trainer.step(x, 1e-3)
+    assert trainer.read()["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = [w.grad for w in weights]
+    expected[2] = without_part_along_rows(expected[2], weights[2].detach())
+    gradients = trainer.gradients | {"W_enc": trainer.gradients["W_enc"].T}
+    for gradient, truth in zip(gradients.values(), expected, strict=True):
+        assert (gradient - truth).norm() <= 1e-5 * truth.norm()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_steps_equal_autograd_and_adam(architecture, path):
+    """Ten steps, projection, Adam and unit rows included, against the same in float64."""
+    sae = make_sae(architecture)
+    weights = [p.double().clone().requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    before = [w.detach().clone() for w in weights]
+    optimizer = torch.optim.Adam(weights)
+    trainer = training.Trainer(sae, L1, sparse_below=2.0 if path == "sparse" else 0.0)
+    for step in range(10):
+        x = unit_rows()
+        lr = u.learning_rate(step, 20, 1e-2, 3, 0.5, 0.8)
+        trainer.step(x, lr)
+        optimizer.zero_grad()
+        reference_loss(architecture, *weights, x.double(), False, None).backward()
+        with torch.no_grad():
+            weights[2].grad.copy_(without_part_along_rows(weights[2].grad, weights[2]))
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            weights[2] /= weights[2].norm(dim=1, keepdim=True)
+    for mine, truth, start in zip((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), weights, before, strict=True):
+        moved = (truth.detach() - start).norm()
+        assert moved > 0.01 * start.norm() and (mine - truth.detach()).norm() <= 1e-3 * moved
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_what_is_read_is_what_was_trained_on():
+    sae, x = make_sae("relu"), unit_rows()
+    acts = sae.encode_unit(x).double()
+    mse = (acts @ sae.W_dec.double() + sae.b_dec - x).square().mean().item()
+    for sparse_below in (0.0, 2.0):
+        trainer = training.Trainer(make_copy(sae), L1, sparse_below=sparse_below)
+        trainer.step(x, 1e-3)
+        first = trainer.read()
+        assert first["mse"] == pytest.approx(mse, rel=1e-5) and first["l1"] == pytest.approx(acts.sum(1).mean().item(), rel=1e-5)
+        assert first["loss"] == pytest.approx(mse + L1 * acts.sum(1).mean().item(), rel=1e-5)
+        assert first["l0"] == pytest.approx((acts > 0).sum(1).double().mean().item())
+        assert torch.equal(first["fired"], (acts > 0).sum(0).float())
+        assert first["mean_when_active"] == pytest.approx(acts[acts > 0].mean().item(), rel=1e-5)
+        trainer.step(unit_rows(10), 1e-3)  # a last batch that is not full counts by its rows
+        assert trainer.read(reset=True)["fired"].sum() > 0
+        assert trainer.read()["l0"] == 0 and trainer.read()["fired"].sum() == 0
+
+
+def make_copy(sae: u.SAE) -> u.SAE:
+    copy = u.SAE(sae.d_in, sae.d_sae, architecture=sae.architecture, k=sae.k, apply_b_dec_to_input=sae.apply_b_dec_to_input)
+    copy.load_state_dict(sae.state_dict())
+    return copy
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (5, 7), (40, 64), (1, 1)])
+def test_positions_of_true_entries(shape):
+    for share in (0.0, 0.02, 0.5, 1.0):
+        mask = torch.rand(shape) < share
+        assert training.nonzero_flat(mask).tolist() == mask.flatten().nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("path", [0.0, 2.0])
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_the_threshold_follows_the_smallest_activation_kept(architecture, path):
+    sae = make_sae(architecture)
+    sae.b_enc += 0.2  # always more above zero than are kept
+    trainer, smallest = training.Trainer(sae, sparse_below=path), []
+    for _ in range(30):
+        x = unit_rows()
+        pre = x.double() @ sae.W_enc.double() + sae.b_enc
+        smallest.append(pre.flatten().topk(K * BATCH).values.min().item())
+        trainer.step(x, 1e-3)
+    weights = [0.99 ** (29 - i) for i in range(30)]
+    expected = sum(w * s for w, s in zip(weights, smallest, strict=True)) / sum(weights)
+    trainer.read()
+    torch.testing.assert_close(sae.threshold, torch.full((D_SAE,), expected), rtol=1e-3, atol=1e-5)
+    acts = sae.encode_unit(x)
+    assert torch.equal(acts > 0, x @ sae.W_enc + sae.b_enc > sae.threshold) and (acts > 0).any()
+
+
+@pytest.mark.parametrize("path", [0.0, 2.0])
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(path):
+    sae = make_sae("relu")
+    trainer = training.Trainer(sae, L1, sparse_below=path)
+    for _ in range(3):
+        trainer.step(unit_rows(), 1e-3)
+    before, moments = [p.clone() for p in trainer.parameters.values()], trainer.first["W_dec"].clone()
+    bad = unit_rows()
+    bad[3, 2] = torch.nan
+    trainer.step(bad, 1e-3)
+    trainer.step(unit_rows(), 1e-3)  # nor does a good step after it
+    for parameter, value in zip(trainer.parameters.values(), before, strict=True):
+        torch.testing.assert_close(parameter, value, rtol=0, atol=1e-6)
+    assert torch.equal(trainer.first["W_dec"], moments)
+    with pytest.raises(u.UserError, match="not a finite number at step 3, .* the last checkpoint is kept: try a lower lr"):
+        trainer.read()
+
+
+def test_silent_latents_come_back_with_auxk():
+    """Half of the latents are pushed below zero for good; only AuxK gives those a gradient."""
+    alive = {}
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        sae = make_sae("topk")
+        sae.b_enc[: D_SAE // 2] -= 0.15
+        trainer = training.Trainer(sae, auxk_weight=weight, dead_after=20)
+        for _ in range(300):
+            trainer.step(unit_rows(), 3e-3)
+            if trainer.steps % 10 == 0:
+                fired = trainer.read(reset=True)["fired"]
+        alive[weight] = (fired > 0).sum().item()
+    assert alive[1.0] > alive[0.0]
+
+
+def test_an_epoch_is_one_permutation_from_seed_and_epoch(fresh_seed):
+    orders = [training.epoch_order(500, seed, epoch) for seed in (fresh_seed, fresh_seed + 1) for epoch in (1, 2)]
+    assert all(order.sort().values.equal(torch.arange(500)) for order in orders)
+    assert all(not a.equal(b) for i, a in enumerate(orders) for b in orders[:i])
+    torch.manual_seed(5)
+    assert training.epoch_order(500, fresh_seed, 1).equal(orders[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_batches_are_the_rows_asked_for(dtype, tmp_path):
+    torch.randn(1000, 6).to(dtype).view(torch.uint8).numpy().tofile(tmp_path / "rows")
+    rows = torch.from_file(str(tmp_path / "rows"), size=6000, dtype=dtype).view(1000, 6)
+    index = torch.randperm(1000)[:777]
+    batches = list(training.shuffled_batches(rows, index, 50, super_batch=120))
+    assert [len(b) for b in batches] == [50] * 15 + [27] and torch.equal(torch.cat(batches), rows[index])
+    assert list(training.shuffled_batches(rows, index[:0], 50)) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_going_on_from_a_checkpoint_is_the_same_to_the_bit(architecture, tmp_path):
+    x = [unit_rows() for _ in range(40)]
+    sae = make_sae(architecture)
+
+    def train(sae, trainer, first, last):
+        for i in range(first, last):
+            trainer.step(x[i], 1e-2)
+            if i % 7 == 0:
+                trainer.read()
+
+    whole, stopped, resumed = (make_copy(sae) for _ in range(3))
+    settings = {"l1_coeff": L1, "auxk_weight": AUX, "dead_after": 3, "sparse_below": 0.12}
+    one = training.Trainer(whole, **settings)
+    train(whole, one, 0, 40)
+    two = training.Trainer(stopped, **settings)
+    train(stopped, two, 0, 23)
+    training.save_checkpoint(tmp_path / "checkpoint.pth", two, epoch=4, history=[{"loss": 1.5}])
+    three = training.Trainer(resumed, **settings)
+    assert training.load_checkpoint(tmp_path / "checkpoint.pth", three) == {"epoch": 4, "history": [{"loss": 1.5}]}
+    train(resumed, three, 23, 40)
+    one.read(), three.read()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert all(torch.equal(value, three.state[name]) for name, value in one.state.items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_sae_encodes_as_before(architecture, tmp_path):
+    sae, x = make_sae(architecture), torch.randn(30, D_IN)
+    if sae.jumps:
+        sae.threshold.fill_(0.1)
+    sae.save(tmp_path / "sae.pth")
+    loaded = u.SAE.load(tmp_path / "sae.pth")
+    assert torch.equal(loaded.encode(x), sae.encode(x)) and (sae.encode(x) > 0).any()
+    assert ("threshold" in torch.load(tmp_path / "sae.pth", weights_only=True)["state_dict"]) == sae.jumps
+    if architecture == "topk":
+        assert (sae.encode(x) > 0).sum(1).max() <= K
+
+
+HEALTHY = {"fvu": 0.2, "train_fvu": 0.19, "dead": 0.01, "l0": 40.0}
+SICK = [
+    ({"fvu": 1.1, "train_fvu": 1.1}, "worse than the mean .*lower l1_coeff", "worse than the mean .*raise k"),
+    ({"dead": 0.3}, "30% of the latents are dead: lower l1_coeff or lr", "raise auxk_weight"),
+    ({"l0": 2.0}, "only 2.0 latents .*lower l1_coeff", "raise k"),
+    ({"l0": 500.0}, "500 latents .*raise l1_coeff", "lower k"),
+    ({"fvu": 0.3}, "0.300 on held-out rows and 0.190 on training rows: raise n_activations", "raise n_activations"),
+]
+SETTLING = [{"held_out_loss": 1 + 0.5**i} for i in range(10)]
+
+
+@pytest.mark.parametrize(("change", "relu", "topk"), SICK)
+def test_the_doctor_names_parameter_and_direction(change, relu, topk):
+    for architecture, expected in (("relu", relu), ("topk", topk)):
+        (line,) = training.doctor(HEALTHY | change, SETTLING, architecture)
+        assert re.search(expected, line)
+        assert training.doctor(HEALTHY, SETTLING, architecture) == []
+
+
+def test_the_doctor_reads_the_curve():
+    falling = [{"held_out_loss": 0.9**i} for i in range(20)]
+    (line,) = training.doctor(HEALTHY, falling, "relu")
+    assert "still fell by" in line and "raise epochs" in line
+    flat = [{"held_out_loss": 1 + 0.5 ** (5 * i)} for i in range(20)]
+    (line,) = training.doctor(HEALTHY, flat, "relu")
+    assert "has not improved since epoch 3 of 20: lower epochs" in line
+    assert training.doctor(HEALTHY, SETTLING[:3], "relu") == []  # too short to tell
