@@ -106,6 +106,14 @@ class Every:
         return True
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size, most in (("seconds", 1, 120), ("minutes", 60, 7200), ("hours", 3600, 172_800)):
+        if seconds < most:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
+
+
 # ---------------------------------------------------------------------------------------------
 # Model: where the hook is, loading
 # ---------------------------------------------------------------------------------------------

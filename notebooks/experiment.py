@@ -27,6 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sae_utils
 
 
+FREE = {"device", "checkpoint_minutes"}  # parameters that do not change what an experiment is
+
+
 @dataclass
 class Param:
     """One line of a notebook's parameters cell: `name: type = default  # help [allowed]`."""
@@ -125,7 +128,7 @@ def run_folder(params: dict) -> tuple[Path, bool]:
 
     Raises UserError where the folder holds a run made with other parameters.
     """
-    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "device"})
+    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", *FREE})
     name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", suffix)
     run_dir = sae_utils.resolve(params["run_dir"] or f"runs/{name}")
     if run_dir in [sae_utils.ROOT / "runs" / taken for taken in ("", "activations", "tiny-model", "tiny-world")]:
@@ -143,7 +146,8 @@ def cache_folder(run_dir: Path) -> Path:
 def start_run(params: dict, **more) -> Path:
     """Claims the folder of a training run and writes params.json there, with `more`; returns the folder.
 
-    What an unfinished run with the same parameters left is started again. UserError if finished.
+    What an unfinished run with the same parameters left is gone on with from its checkpoint, or started
+    again. UserError if finished.
     """
     run_dir, finished = run_folder(params)
     if finished:
@@ -151,8 +155,9 @@ def start_run(params: dict, **more) -> Path:
             f"{sae_utils.show_path(run_dir)} is finished: look at report.pdf there, or change a parameter to start another run."
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
-        stale.unlink()
+    if not (run_dir / "checkpoint.pth").exists():
+        for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
+            stale.unlink()
     record_params(run_dir / "params.json", params, **more)
     return run_dir
 
@@ -164,7 +169,7 @@ def patch_folder(params: dict) -> tuple[Path, bool]:
     that name was made with other parameters.
     """
     run_dir = finished_run(params["run_dir"])
-    name = params["name"] or differing(params, "patch_neurons", {"name", "run_dir", "device"}) or "default"
+    name = params["name"] or differing(params, "patch_neurons", {"name", "run_dir", *FREE}) or "default"
     folder = run_dir / "patches" / safe_name(name)
     refuse_other_params(folder / "params.json", params)
     return folder, (folder / ".done").exists()
@@ -195,7 +200,7 @@ def refuse_other_params(file: Path, params: dict) -> None:
     if not file.exists():
         return
     before = json.loads(file.read_text())["parameters"]
-    free = {"run_dir", "device", "name"}  # where and on what it runs does not change what it is
+    free = {"run_dir", "name", *FREE}
     different = [
         f"{name} was {before.get(name)!r}, now {params.get(name)!r}"
         for name in sorted((set(before) | set(params)) - free)
@@ -344,7 +349,7 @@ def main(args: list[str]) -> int:
         print(f"Error: {error.evalue}" if mistake else "\n".join(error.traceback), file=sys.stderr)
         return 2 if mistake else 1
     except KeyboardInterrupt:
-        print("Interrupted: the same command starts this again; what was harvested is kept.", file=sys.stderr)
+        print("Interrupted: the same command goes on from the last checkpoint; what was harvested is kept.", file=sys.stderr)
         return 130
     return 0
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from sae_utils import (
-    UserError, Every, encode_text, hub_errors, local_or_hub, pad, resolve, run_to_hooks, show_path, special_ids, use_hf_token,
-    with_bos, write_json, atomic,
+    Every, UserError, atomic, duration, encode_text, hub_errors, local_or_hub, pad, resolve, run_to_hooks, show_path, special_ids, use_hf_token,
+    with_bos, write_json,
 )  # fmt: skip
 
 STORE_VERSION = 2
@@ -618,7 +618,7 @@ def card(plan: dict) -> str:
     lines = [
         f"{plan['rows']:,} rows from {plan['windows']:,} windows ({plan['tokens']:,} tokens) of {plan['documents']:,} documents, at {', '.join(plan['hooks'])}",
         "left out: " + ", ".join([f"BOS of each of {plan['bos_tokens']:,} windows"] * (plan["bos_tokens"] > 0) + [f"{n:,} {name.replace('_', ' ')}" for name, n in left_out.items() if n]),
-        f"{plan['tokens_per_second']:,.0f} tokens/s in a short probe: about {plan['seconds'] / 60:,.0f} minutes" if plan["seconds"] > 120 else f"{plan['tokens_per_second']:,.0f} tokens/s in a short probe: about {plan['seconds']:,.0f} seconds",
+        f"{plan['tokens_per_second']:,.0f} tokens/s in a short probe: about {duration(plan['seconds'])}",
         f"{plan['bytes'] / 1e9:.2f} GB to write, {plan['free_bytes'] / 1e9:,.0f} GB free",
     ]
     if plan["done_rows"]:

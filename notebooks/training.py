@@ -6,6 +6,7 @@ become sparse. tests/test_training.py has the same in autograd, as the readable 
 """
 
 import os
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,7 +72,7 @@ class Trainer:
         self.product_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.sparse_below = sparse_below if self.device.type == "cpu" else 0.0
         self.active_share = min(1.0, sae.k / sae.d_sae) if sae.k else 1.0  # of the entries, in the last step
-        self.any_dead, self.steps, self.buffers = False, 0, {}
+        self.any_dead, self.steps, self.buffers, self.last_loss = False, 0, {}, torch.nan
         with warnings.catch_warnings():  # torch says once that its sparse matrices are in beta; what is used here is tested
             warnings.simplefilter("ignore")
             csr(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1))
@@ -102,7 +103,7 @@ class Trainer:
         first_bad = self.state["first_bad"]
         bad = ~loss.isfinite() | (first_bad >= 0)
         self.state["first_bad"] = torch.where(bad & (first_bad < 0), self.steps, first_bad)
-        self.good = (~bad).float()[0]
+        self.good, self.last_loss = (~bad).float()[0], loss
         if self.sae.apply_b_dec_to_input:
             self.gradients["b_dec"].sub_(self.W_enc.T @ self.gradients["b_enc"])
         self.adam(lr)
@@ -261,7 +262,8 @@ class Trainer:
         return total / weight.clamp_min(1e-12)
 
     def read(self, reset: bool = False) -> dict:
-        """loss, mse, l1, l0 (means over the rows since the last reset), fired (d_sae), mean_when_active.
+        """loss, mse, l1, l0 (means over the rows since the last reset), fired (d_sae), mean_when_active,
+        and last_loss, of the last step.
         Raises UserError, naming the step, where the loss was not a finite number."""
         state = self.state
         first_bad = int(state["first_bad"])
@@ -271,7 +273,7 @@ class Trainer:
             )
         rows = state["rows"].clamp_min(1)
         result = dict(zip(("loss", "mse", "l1", "l0"), (state["sums"] / rows).tolist(), strict=True))
-        result |= {"fired": state["fired"].clone(), "mean_when_active": (state["strength"] / state["fired"].sum().clamp_min(1)).item()}
+        result |= {"last_loss": float(self.last_loss), "fired": state["fired"].clone(), "mean_when_active": (state["strength"] / state["fired"].sum().clamp_min(1)).item()}
         self.any_dead = bool((state["silent_steps"] >= self.dead_after).any())
         if self.sae.jumps:
             self.sae.threshold.fill_(float(self.threshold()))
@@ -310,6 +312,28 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict:
     saved = torch.load(path, map_location="cpu", weights_only=True)
     trainer.load_state_dict(saved.pop("trainer"))
     return saved
+
+
+def probe(sae: sae_utils.SAE, x: Tensor, l1_coeff: float, auxk_weight: float, steps: int = 3) -> tuple[float, float]:
+    """Seconds of a step, tried on a copy: once few latents are active (one in 200), and as it is at the start."""
+    seconds = []
+    for late in (True, False):
+        shape = {"architecture": sae.architecture, "k": sae.k, "apply_b_dec_to_input": sae.apply_b_dec_to_input}
+        copy = sae_utils.SAE(sae.d_in, sae.d_sae, **shape).to(x.device)
+        copy.load_state_dict(sae.state_dict())
+        trainer = Trainer(copy, l1_coeff, auxk_weight)
+        if late and sae.architecture == "relu":
+            pre_acts = (x[:64] @ copy.W_enc).flatten()
+            trainer.b_enc.fill_(-pre_acts.topk(max(1, len(pre_acts) // 200)).values.min())
+            trainer.active_share = 0.0
+        for step in range(steps + 1):
+            if step == 1:  # the first one is slow
+                trainer.read()
+                begin = time.perf_counter()
+            trainer.step(x, 0.0)
+        trainer.read()
+        seconds.append((time.perf_counter() - begin) / steps)
+    return min(seconds), max(seconds)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import HOOK, gemma, sentences, word_tokenizer
 
+import harvest
 import sae_utils as u
+import training
 
 
 class Fixed(u.SAE):
@@ -65,14 +67,17 @@ def test_counts_by_hand():
 
 def test_mse_agrees_with_the_training_loss(sae):
     x = data(300, 16)
-    got, (_, mse, l1, acts) = u.score_rows(sae, x, torch.arange(300), chunk=70), u.sae_loss(sae, sae.normalise(x)[0], 0.0)
-    assert got["mse"] == pytest.approx(mse.item(), rel=1e-5) and got["l1"] == pytest.approx(l1.item(), rel=1e-5)
-    assert got["l0"] == pytest.approx((acts > 0).sum(1).float().mean().item())
+    got, trainer = u.score_rows(sae, x, torch.arange(300), chunk=70), training.Trainer(sae)
+    trainer.step(sae.normalise(x)[0], 0.0)
+    now = trainer.read()
+    for name in ("mse", "l1", "l0"):
+        assert got[name] == pytest.approx(now[name], rel=1e-5)
 
 
 @pytest.fixture
 def windows(tokenizer, fresh_seed):
-    return u.cut_windows(tokenizer, sentences(40, seed=fresh_seed), 24, 10**6)[0]
+    tokens, _ = harvest.cut_windows(tokenizer, sentences(40, seed=fresh_seed), 24, 10**6)
+    return list(harvest.Windows(tokens["flat"], tokens["starts"]))
 
 
 def ce_by_hand(model, tokenizer, windows, module, change):
@@ -133,7 +138,8 @@ def test_without_bos_the_first_token_is_left_alone(sae, fresh_seed):
     with u.edit_output(model, HOOK, torch.zeros_like, tokenizer):
         after = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
     assert torch.equal(after[:, 0], before[:, 0]) and not after[:, 1:].any() and before[:, 1:].all()
-    windows, _ = u.cut_windows(tokenizer, sentences(10, seed=fresh_seed), 12, 10**6)
+    tokens, _ = harvest.cut_windows(tokenizer, sentences(10, seed=fresh_seed), 12, 10**6)
+    windows = list(harvest.Windows(tokens["flat"], tokens["starts"]))
     kept = torch.cat([u.run_to_hook(model, HOOK, *u.pad([w]))[0, 1:] for w in windows])
     torch.testing.assert_close(u.mean_output(model, HOOK, windows, tokenizer), kept.mean(0), rtol=1e-3, atol=1e-5)
 

@@ -3,10 +3,15 @@
 import csv
 import hashlib
 import json
+import random
+import signal
 import subprocess
+import sys
+import time
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -204,3 +209,45 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 4
     leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not leaks
+
+
+def launch_and_kill(flags, checkpoint, wait):
+    """Starts a training run as `make train` does and kills launcher and kernel `wait` seconds after a checkpoint is written."""
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    child = subprocess.Popen([sys.executable, str(ROOT / "notebooks" / "experiment.py"), "sae_training", *flags], stdout=subprocess.DEVNULL)
+    while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+        assert child.poll() is None, "the run ended before it was killed"
+        time.sleep(0.01)
+    time.sleep(wait)
+    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    for process in family:
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family)
+    child.wait()
+
+
+def test_a_killed_training_run_goes_on_and_ends_the_same_to_the_bit(folder, fresh_seed):
+    given = {"model_name": folder / "model", "dataset_name": folder / "text.jsonl", "layer": 1, "n_activations": 1500, "seq_len": 16}
+    given |= {"architecture": "batchtopk", "k": 4, "auxk_weight": 0.03, "batch_size": 16, "epochs": 60, "checkpoint_minutes": 0.0, "eval_windows": 20}
+    flags = [word for name, value in given.items() for word in ("-p", name, str(value))]
+    whole, killed = (folder / "runs" / name for name in ("whole", "killed"))
+    for _ in range(2):
+        launch_and_kill([*flags, "-p", "run_dir", str(killed)], killed / "checkpoint.pth", random.Random(fresh_seed).random())
+        assert not (killed / ".done").exists()
+    for run_dir in (killed, whole):
+        experiment.launch("sae_training", [*flags, "-p", "run_dir", str(run_dir)])
+    assert "going on from step" in (killed / "sae_training.ipynb").read_text()
+    assert not (killed / "checkpoint.pth").exists()
+    for file in ("history.csv", "metrics.json", "contexts.json"):
+        assert (whole / file).read_bytes() == (killed / file).read_bytes(), file
+    one, other = (torch.load(run_dir / "sae.pth", weights_only=True) for run_dir in (whole, killed))
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    assert torch.equal(one["density"], other["density"]) and torch.equal(one["activation_mean"], other["activation_mean"])
+    for tag in ("step/loss", "epoch/held_out_fvu"):  # no point stands twice, none is missing
+        steps = []
+        for run_dir in (whole, killed):
+            events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+            events.Reload()
+            steps.append([(point.step, point.value) for point in events.Scalars(tag)])
+        assert steps[0] == steps[1], tag

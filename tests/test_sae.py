@@ -1,4 +1,4 @@
-"""The autoencoder, its loss and gradient, and what a training step needs."""
+"""The autoencoder, its files, the learning rate."""
 
 import pytest
 import torch
@@ -40,50 +40,6 @@ def test_starts_tied_with_unit_rows_and_zero_biases():
     assert torch.equal(sae.W_enc, sae.W_dec.T) and not sae.b_enc.any() and not sae.b_dec.any()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(128))
     assert torch.equal(u.SAE(16, 128, seed=3).W_dec, sae.W_dec) and not torch.equal(u.SAE(16, 128, seed=4).W_dec, sae.W_dec)
-
-
-def test_loss_by_hand():
-    sae = u.SAE(2, 2)
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.eye(2))
-        sae.W_dec.copy_(torch.eye(2))
-        sae.b_enc.copy_(torch.tensor([0.0, -1.0]))
-        sae.b_dec.copy_(torch.tensor([0.0, 0.5]))
-    x = torch.tensor([[1.0, 3.0], [-2.0, 0.5]])
-    # acts [[1, 2], [0, 0]]; reconstructions [[1, 2.5], [0, 0.5]]; squared errors 0.25 and 4, over 4 numbers
-    loss, mse, l1, acts = u.sae_loss(sae, x, l1_coeff=0.1)
-    assert acts.tolist() == [[1, 2], [0, 0]]
-    assert mse.item() == pytest.approx(4.25 / 4) and l1.item() == pytest.approx(1.5) and loss.item() == pytest.approx(4.25 / 4 + 0.15)
-
-
-def test_gradient_against_float64_by_hand(sae):
-    sae.requires_grad_(True)
-    x, coeff = torch.nn.functional.normalize(torch.randn(30, 16), dim=1), 0.02
-    u.sae_loss(sae, x, coeff)[0].backward()
-    X, W_enc, W_dec = x.double(), sae.W_enc.detach().double(), sae.W_dec.detach().double()
-    pre = X @ W_enc + sae.b_enc.detach().double()
-    acts = pre.relu()
-    residual = 2 * (acts @ W_dec + sae.b_dec.detach().double() - X) / X.numel()
-    d_pre = (residual @ W_dec.T + coeff / len(X)) * (pre > 0)
-    for name, expected in {"W_dec": acts.T @ residual, "b_dec": residual.sum(0), "W_enc": X.T @ d_pre, "b_enc": d_pre.sum(0)}.items():
-        torch.testing.assert_close(getattr(sae, name).grad.double(), expected, rtol=1e-3, atol=1e-6)
-
-
-def test_step_keeps_decoder_rows_at_unit_norm(sae):
-    sae.requires_grad_(True)
-    u.renormalise_decoder(sae)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.05)
-    for _ in range(3):
-        optimizer.zero_grad()
-        u.sae_loss(sae, torch.randn(20, 16), 0.01)[0].backward()
-        before = sae.W_dec.grad.clone()
-        u.project_decoder_gradient(sae)
-        torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(48), atol=1e-7, rtol=0)
-        assert (before * sae.W_dec).sum(1).abs().max() > 1e-6  # there was something to remove
-        optimizer.step()
-        assert (sae.W_dec.norm(dim=1) - 1).abs().max() > 1e-4
-        u.renormalise_decoder(sae)
-        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-6, rtol=0)
 
 
 def test_learning_rate_at_its_corners():

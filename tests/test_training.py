@@ -102,6 +102,19 @@ def test_steps_equal_autograd_and_adam(architecture, path):
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
+@pytest.mark.parametrize("sparse_below", [0.0, 2.0])
+def test_loss_by_hand(sparse_below):
+    sae = u.SAE(2, 2).requires_grad_(False)
+    sae.W_enc.copy_(torch.eye(2)), sae.W_dec.copy_(torch.eye(2))
+    sae.b_enc.copy_(torch.tensor([0.0, -1.0])), sae.b_dec.copy_(torch.tensor([0.0, 0.5]))
+    trainer = training.Trainer(sae, 0.1, sparse_below=sparse_below)
+    trainer.step(torch.tensor([[1.0, 3.0], [-2.0, 0.5]]), 0.0)
+    # acts [[1, 2], [0, 0]]; reconstructions [[1, 2.5], [0, 0.5]]; squared errors 0.25 and 4, over 4 numbers
+    now = trainer.read()
+    assert now["mse"] == pytest.approx(4.25 / 4) and now["l1"] == pytest.approx(1.5) and now["l0"] == 1 and now["fired"].tolist() == [1, 1]
+    assert now["loss"] == now["last_loss"] == pytest.approx(4.25 / 4 + 0.15)
+
+
 def test_what_is_read_is_what_was_trained_on():
     sae, x = make_sae("relu"), unit_rows()
     acts = sae.encode_unit(x).double()
@@ -242,6 +255,17 @@ def test_a_saved_sae_encodes_as_before(architecture, tmp_path):
     assert ("threshold" in torch.load(tmp_path / "sae.pth", weights_only=True)["state_dict"]) == sae.jumps
     if architecture == "topk":
         assert (sae.encode(x) > 0).sum(1).max() <= K
+
+
+def test_the_probe_leaves_the_sae_alone():
+    sae = make_sae("relu")
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    fast, slow = training.probe(sae, unit_rows(), L1, 0.0)
+    assert 0 < fast <= slow and all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+def test_durations_in_the_unit_that_suits():
+    assert [u.duration(s) for s in (3, 119, 600, 7000, 90_000, 864_000)] == ["3 seconds", "119 seconds", "10 minutes", "117 minutes", "25 hours", "10.0 days"]
 
 
 HEALTHY = {"fvu": 0.2, "train_fvu": 0.19, "dead": 0.01, "l0": 40.0}
