@@ -102,7 +102,13 @@ smoke: $(READY) ## only the notebooks on the tiny model
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests/test_notebooks.py
 
 PART ?=
-.PHONY: bench
+.PHONY: bench bench-peers
+bench-peers: ## the same training step in SAELens and dictionary_learning, in an environment of its own
+	@test -x .venv-peers/bin/python || { $(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install --quiet $$(grep '^torch==' requirements.txt); }
+	.venv-peers/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens dictionary-learning
+	.venv-peers/bin/pip uninstall --quiet --yes torchvision  # its build need not match torch's, and nothing here uses it
+	TQDM_DISABLE=1 .venv-peers/bin/python tests/bench.py peers
+
 bench: $(READY) ## ratios against other ways of doing the same, into runs/bench.json: [PART=harvest]
 	$(PY) tests/bench.py $(PART)
 

@@ -125,12 +125,12 @@ def bench_harvest(rounds: int, quick: bool) -> list[dict]:
     """Rows kept per second, ours against the textbook way, on the same windows."""
     rows = []
     device = sae_utils.pick_device()
-    n = 64 if quick else 192
+    n = 64 if quick else 768
     cases = [("lengths of mean 48, 32k words", 32_768, False), ("all windows full, 32k words", 32_768, True), ("lengths of mean 48, 262k words", 262_144, False)]
     for case, vocab, full in cases[:1] if quick else cases:
         model = gemma_shape(vocab, 640, 12, 4, 2048, torch.float32, device)
-        windows, hook = random_windows(n // 2 if full else n, full), "model.layers.6.mlp.down_proj"
-        some = windows[: len(windows) // 2]  # the slow way need not do them all: rates are compared
+        windows, hook = random_windows(n // 4 if full else n, full), "model.layers.6.mlp.down_proj"
+        some = windows[: len(windows) // 8]  # the slow way need not do them all: rates are compared
         found = {}
         ways = {
             "textbook": lambda: found.update(textbook=textbook_harvest(model, hook, some, device)),  # noqa: B023
@@ -323,18 +323,62 @@ def bench_training(rounds: int, quick: bool) -> list[dict]:
     return rows
 
 
-PARTS = {"harvest": bench_harvest, "memory": bench_memory, "training": bench_training}
+def bench_peers(rounds: int, quick: bool) -> list[dict]:
+    """A step of ours against one of SAELens's SAETrainer (its own loop, fed tensors) and of dictionary_learning's
+    StandardTrainer, on the same rows at the same L0. Needs both installed: `make bench-peers`."""
+    import itertools
+
+    import sae_lens
+    from dictionary_learning.trainers.standard import StandardTrainer
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.set_flush_denormal(True)
+    d_in, d_sae, n_steps = (96, 768, 2) if quick else (1152, 9216, 4)
+    data = torch.nn.functional.normalize(torch.randn(512 * n_steps, d_in), dim=1)
+    sae = sae_with_l0(d_in, d_sae, 32, data)
+    theirs = sae_lens.StandardTrainingSAE(sae_lens.StandardTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=0.35, apply_b_dec_to_input=False))
+    theirs.load_state_dict(sae.state_dict(), strict=False)
+    batches = itertools.cycle(data.split(512))
+    settings = SAETrainerConfig(total_training_samples=0, train_batch_size_samples=512, lr=1e-7, lr_end=1e-8)
+    settings.total_training_samples = len(data) * (rounds + 2)  # its schedule wants to know
+    lens = SAETrainer(settings, theirs, batches)
+    settings.total_training_samples = 0
+    learning = StandardTrainer(steps=10**6, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="none", lr=1e-7, device="cpu", sparsity_warmup_steps=None)
+    with torch.no_grad():
+        learning.ae.encoder.weight.copy_(sae.W_enc.T), learning.ae.encoder.bias.copy_(sae.b_enc), learning.ae.decoder.weight.copy_(sae.W_dec.T)
+    count = itertools.count()
+
+    def lens_steps():
+        settings.total_training_samples += len(data)
+        lens.fit()
+
+    def learning_steps():
+        for _ in range(n_steps):
+            learning.update(next(count), next(batches))
+
+    ways = {"ours": our_steps(sae, data, 512, 3e-4), "SAELens": lens_steps, "dictionary_learning": learning_steps}
+    seconds = {name: value / n_steps for name, value in interleaved(ways, rounds).items()}
+    rows = []
+    for other in ("SAELens", "dictionary_learning"):
+        row = {"part": "peers", "case": f"{d_in} -> {d_sae}, L0 32, against {other}", "ours": 1000 * seconds["ours"], "other": 1000 * seconds[other]}
+        rows.append(row | {"ratio": seconds[other] / seconds["ours"], "machine": machine()})
+    table("milliseconds of a step", rows)
+    return rows
+
+
+PARTS = {"harvest": bench_harvest, "memory": bench_memory, "training": bench_training, "peers": bench_peers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all, where none is named")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all but peers, where none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
     options = parser.parse_args()
     file = ROOT / "runs" / "bench.json"
     known = json.loads(file.read_text()) if file.exists() else []
-    for part in options.parts or PARTS:
+    for part in options.parts or [name for name in PARTS if name != "peers"]:
         rows = PARTS[part](options.rounds, options.quick)
         known = [row for row in known if row["part"] != part or row["machine"] != rows[0]["machine"]] + rows
         sae_utils.write_json(file, known)

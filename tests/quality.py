@@ -1,7 +1,8 @@
 """What each recipe reaches on held-out rows of one model and text, and on known directions.
 
-    python tests/quality.py MODEL TEXT [--layer 2] [--steps 6000]      real activations
-    python tests/quality.py known                                      synthetic ones
+    python tests/quality.py MODEL TEXT [--layer 2] [--steps 6000]      recipes, on real activations
+    python tests/quality.py MODEL TEXT --grid                          how many activations, which L1 weight
+    python tests/quality.py known                                      recipes, on directions that are known
 
 Tables go to the terminal, rows to runs/quality.json.
 """
@@ -45,11 +46,17 @@ def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, *
     return sae
 
 
-RECIPES = {
-    f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.06, 0.147, 0.35)
-} | {
-    f"{name} k {k}": {"architecture": name, "k": k, "auxk_weight": 1 / 32} for name in ("topk", "batchtopk", "matryoshka") for k in (8, 16, 24)
-}  # fmt: skip
+RECIPES = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.06, 0.147, 0.35)}
+RECIPES |= {f"{name}, unit": recipe | {"normalize": "unit"} for name, recipe in RECIPES.items()}
+for architecture in ("topk", "batchtopk", "matryoshka"):
+    for k in (8, 16, 24):
+        RECIPES[f"{architecture} k {k}"] = {"architecture": architecture, "k": k, "auxk_weight": 1 / 32, "lr": 1.2e-2}
+    RECIPES[f"{architecture} k 16, unit"] = RECIPES[f"{architecture} k 16"] | {"normalize": "unit"}
+GRID = {
+    f"relu, L1 weight {w}, {n:,} activations": {"l1_weight": w, "n_activations": n, "normalize": "unit"}
+    for w in (0.06, 0.147, 0.35)
+    for n in (100_000, 200_000, 400_000, 700_000)
+}
 
 
 def on_text(options, recipes: dict) -> list[dict]:
@@ -66,7 +73,9 @@ def on_text(options, recipes: dict) -> list[dict]:
     results = []
     for name, recipe in recipes.items():
         begin = time.perf_counter()
-        sae = train(rows.activations, index, 8, options.steps, **recipe)
+        recipe = dict(recipe)
+        first = index[: int(0.9 * recipe.pop("n_activations", 10**9))]
+        sae = train(rows.activations, first, 8, options.steps, **recipe)
         seconds = time.perf_counter() - begin
         scores = sae_utils.score_rows(sae, rows.activations, other)
         ces = sae_utils.cross_entropies(model, tokenizer, hook, sae, texts, mean)
@@ -75,15 +84,16 @@ def on_text(options, recipes: dict) -> list[dict]:
     return results
 
 
-def known_directions(n: int, d_in: int = 128, n_true: int = 512, active: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def known_directions(n: int, d_in: int = 128, n_true: int = 512, active: int = 24, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows (n, d_in), directions (n_true, d_in), coefficients (n, n_true)): sparse non-negative
     combinations of random unit vectors, plus a mean and a little noise."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(n_true, d_in, generator=generator), dim=1)
+    mean = torch.randn(d_in, generator=generator)
     on = torch.rand(n, n_true, generator=generator).argsort(1)[:, :active]
     coefficients = torch.zeros(n, n_true).scatter_(1, on, 0.5 + torch.rand(n, active, generator=generator))
     noise = 0.02 * torch.randn(n, d_in, generator=generator)
-    return coefficients @ directions + noise + torch.randn(d_in, generator=generator), directions, coefficients
+    return coefficients @ directions + noise + mean, directions, coefficients
 
 
 def recovery(sae: sae_utils.SAE, directions: torch.Tensor, rows: torch.Tensor, coefficients: torch.Tensor) -> dict:
@@ -119,6 +129,7 @@ def main() -> None:
     parser.add_argument("text", nargs="?")
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--grid", action="store_true")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     if options.model == "known":
@@ -126,9 +137,9 @@ def main() -> None:
         recipes |= {f"{a} k 24": {"architecture": a, "k": 24, "auxk_weight": 1 / 32} for a in ("topk", "batchtopk", "matryoshka")}
         results = on_known(options, recipes)
     else:
-        results = on_text(options, RECIPES)
+        results = on_text(options, GRID if options.grid else RECIPES)
     table(options.model, results)
-    sae_utils.write_json(ROOT / "runs" / f"quality-{Path(options.model).name}.json", results)
+    sae_utils.write_json(ROOT / "runs" / f"quality-{Path(options.model).name}{'-grid' * options.grid}.json", results)
 
 
 if __name__ == "__main__":
