@@ -53,11 +53,16 @@ class Trainer:
     "matryoshka" the k * batch largest of the batch; these two keep a running threshold, with which
     the SAE is used afterwards.
 
-    Nothing is read back from the device within a step on CUDA. `read()` returns the sums since the
-    last `read(reset=True)`. A step whose loss is not finite changes nothing, nor does any after it.
+    Nothing is read back from the device within a step on CUDA, where a step's kernels are recorded
+    once and launched together (a CUDA graph; `graphs` False launches them one by one). `read()`
+    returns the sums since the last `read(reset=True)`. A step whose loss is not finite changes
+    nothing, nor does any after it.
     """
 
-    def __init__(self, sae: sae_utils.SAE, l1_coeff: float = 0.0, auxk_weight: float = 0.0, dead_after: int = 1000, sparse_below: float = SPARSE_BELOW):
+    def __init__(
+        self, sae: sae_utils.SAE, l1_coeff: float = 0.0, auxk_weight: float = 0.0, dead_after: int = 1000, sparse_below: float = SPARSE_BELOW,
+        graphs: bool = True,
+    ):  # fmt: skip
         self.sae, self.auxk_weight, self.dead_after = sae.requires_grad_(False), auxk_weight, dead_after
         self.l1_coeff = l1_coeff if sae.architecture == "relu" else 0.0
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = sae.W_enc.data.T, sae.W_dec.data, sae.b_enc.data, sae.b_dec.data
@@ -72,56 +77,86 @@ class Trainer:
         self.product_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.sparse_below = sparse_below if self.device.type == "cpu" else 0.0
         self.active_share = min(1.0, sae.k / sae.d_sae) if sae.k else 1.0  # of the entries, in the last step
-        self.any_dead, self.steps, self.buffers, self.last_loss = False, 0, {}, torch.nan
-        with warnings.catch_warnings():  # torch says once that its sparse matrices are in beta; what is used here is tested
-            warnings.simplefilter("ignore")
-            csr(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1))
+        self.any_dead, self.steps, self.buffers = False, 0, {}
+        self.graphs, self.recorded, self.seen = graphs and self.device.type == "cuda", {}, {}
+        if self.device.type == "cpu":
+            with warnings.catch_warnings():  # torch says once that its sparse matrices are in beta; what is used here is tested
+                warnings.simplefilter("ignore")
+                csr(torch.zeros(2, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (1, 1))
         zeros = lambda *size, dtype=torch.float32: torch.zeros(size, device=self.device, dtype=dtype)
-        self.state = {
-            "sums": zeros(4), "rows": zeros(1), "fired": zeros(sae.d_sae), "strength": zeros(1),
-            "silent_steps": zeros(sae.d_sae, dtype=torch.int64), "threshold": zeros(2), "first_bad": torch.full((1,), -1, device=self.device),
+        self.good, self.last_loss, self.lr, self.fired = zeros(), zeros(), zeros(), zeros(sae.d_sae)  # of the last step
+        self.state = {  # always changed in place: a recorded step knows where they are
+            "step": zeros(dtype=torch.int64), "sums": zeros(4), "rows": zeros(), "fired": zeros(sae.d_sae), "strength": zeros(),
+            "silent_steps": zeros(sae.d_sae, dtype=torch.int64), "threshold": zeros(2), "first_bad": zeros(dtype=torch.int64) - 1,
         }  # fmt: skip
 
     def buffer(self, name: str, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that is used again at every step: fresh pages would cost more than the arithmetic."""
-        if name not in self.buffers or self.buffers[name].shape != size:
-            self.buffers[name] = torch.empty(size, device=self.device, dtype=dtype)
-        return self.buffers[name]
+        if (name, size) not in self.buffers:
+            self.buffers[name, size] = torch.empty(size, device=self.device, dtype=dtype)
+        return self.buffers[name, size]
 
     @torch.no_grad()
     def step(self, x: Tensor, lr: float) -> None:
+        if self.graphs:
+            self.replay(x, lr)
+        else:
+            self.work(x, lr)
+        self.steps += 1
+        if self.device.type == "cpu":
+            self.active_share = self.fired.sum().item() / (len(x) * self.sae.d_sae)
+
+    def replay(self, x: Tensor, lr: float) -> None:
+        """The step as a CUDA graph, one for each shape of batch, recorded after it was run three times."""
+        kind = (x.shape, self.any_dead)
+        self.lr.fill_(lr)
+        self.seen[kind] = self.seen.get(kind, 0) + 1
+        if self.seen[kind] <= 3:
+            self.work(x, self.lr)
+            return
+        if kind not in self.recorded:
+            inputs, graph = x.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.work(inputs, self.lr)
+            self.recorded[kind] = inputs, graph
+        inputs, graph = self.recorded[kind]
+        inputs.copy_(x)
+        graph.replay()
+
+    def work(self, x: Tensor, lr: float | Tensor) -> None:
+        """One step, gradients, update and sums."""
         x_in = x - self.b_dec if self.sae.apply_b_dec_to_input else x
         pre_acts = self.buffer("pre_acts", len(x), self.sae.d_sae)
         if self.product_dtype == torch.float32:
             torch.addmm(self.b_enc, x_in, self.W_enc.T, out=pre_acts)
         else:
-            torch.add(self.product(x_in, self.W_enc.T), self.b_enc, out=pre_acts)
+            self.product(x_in, self.W_enc.T, pre_acts).add_(self.b_enc)
         pre_acts.clamp_min_(0)  # no architecture keeps what is below
         gradients = self.sparse if self.active_share < self.sparse_below else self.dense
         mse, first_mse, l1, aux, fired, smallest = gradients(x, x_in, pre_acts)
         loss = first_mse + self.l1_coeff * l1 + self.auxk_weight * aux
-        first_bad = self.state["first_bad"]
-        bad = ~loss.isfinite() | (first_bad >= 0)
-        self.state["first_bad"] = torch.where(bad & (first_bad < 0), self.steps, first_bad)
-        self.good, self.last_loss = (~bad).float()[0], loss
+        n, state = len(x), self.state
+        bad = ~loss.isfinite() | (state["first_bad"] >= 0)
+        state["first_bad"].copy_(torch.where(bad & (state["first_bad"] < 0), state["step"], state["first_bad"]))
+        good = self.good.copy_(~bad)
+        self.last_loss.copy_(loss)
+        self.fired.copy_(fired)
         if self.sae.apply_b_dec_to_input:
             self.gradients["b_dec"].sub_(self.W_enc.T @ self.gradients["b_enc"])
         self.adam(lr)
         self.W_dec.mul_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).reciprocal_())
-        n, good, state = len(x), self.good, self.state
-        state["sums"] += good * n * torch.stack([loss, mse, l1, fired.sum() / n]).nan_to_num(0, 0, 0)
-        state["strength"] += good * (l1 * n).nan_to_num(0, 0, 0)
-        state["rows"] += good * n
-        state["fired"] += good * fired
-        state["silent_steps"] = torch.where(fired > 0, 0, state["silent_steps"] + 1)
-        kept = good * smallest.isfinite()
-        new = torch.stack([smallest.nan_to_num(0, 0, 0), torch.ones_like(smallest)])
-        state["threshold"] = torch.where(kept > 0, THRESHOLD_DECAY * state["threshold"] + (1 - THRESHOLD_DECAY) * new, state["threshold"])
-        self.steps += 1
-        if self.device.type == "cpu":
-            self.active_share = fired.sum().item() / (n * self.sae.d_sae)
+        state["step"].add_(1)
+        state["sums"].add_(good * n * torch.stack([loss, mse, l1, fired.sum() / n]).nan_to_num(0, 0, 0))
+        state["strength"].add_(good * (l1 * n).nan_to_num(0, 0, 0))
+        state["rows"].add_(good * n)
+        state["fired"].add_(good * fired)
+        state["silent_steps"].add_(1).mul_(fired == 0)
+        if self.sae.jumps:
+            new = torch.stack([smallest.nan_to_num(0, 0, 0), torch.ones_like(smallest)])
+            mixed = THRESHOLD_DECAY * state["threshold"] + (1 - THRESHOLD_DECAY) * new
+            state["threshold"].copy_(torch.where((good > 0) & smallest.isfinite(), mixed, state["threshold"]))
 
-    def adam(self, lr: float) -> None:
+    def adam(self, lr: float | Tensor) -> None:
         """Adam on all parameters; where this step or one before it was bad, nothing changes."""
         if self.device.type == "mps" and not self.good:  # there the fused kernel has not been seen to honour found_inf
             return
@@ -132,8 +167,11 @@ class Trainer:
             amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
         )  # fmt: skip
 
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.to(self.product_dtype) @ b.to(self.product_dtype)).float()
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        """a @ b into `out`, in bfloat16 on CUDA."""
+        if self.product_dtype == torch.float32:
+            return torch.mm(a, b, out=out)
+        return out.copy_(a.to(self.product_dtype) @ b.to(self.product_dtype))
 
     # -- which entries are active
 
@@ -189,25 +227,25 @@ class Trainer:
         use_aux = self.auxk_weight > 0 and self.any_dead
         parts = self.buffer("parts", len(groups) + use_aux, *x.shape)
         for part, (first, last) in zip(parts, groups, strict=False):
-            part.copy_(self.product(acts[:, first:last], self.W_dec[first:last]))
-        aux_mask = self.silent(pre_acts) if use_aux else None
+            self.product(acts[:, first:last], self.W_dec[first:last], part)
         if use_aux:
-            aux_acts = pre_acts * aux_mask
-            parts[-1].copy_(self.product(aux_acts, self.W_dec))
+            aux_mask = self.silent(pre_acts)
+            aux_acts = torch.mul(pre_acts, aux_mask, out=self.buffer("aux_acts", *pre_acts.shape))
+            self.product(aux_acts, self.W_dec, parts[-1])
         mse, loss, aux, slopes = self.errors(parts, x)
         d_pre, W_grad = self.buffer("d_pre", *pre_acts.shape), self.gradients["W_dec"]
         for slope, (first, last) in zip(slopes, groups, strict=False):
-            d_pre[:, first:last] = self.product(slope, self.W_dec[first:last].T)
-            W_grad[first:last] = self.product(acts[:, first:last].T, slope)
+            self.product(slope, self.W_dec[first:last].T, d_pre[:, first:last])
+            self.product(acts[:, first:last].T, slope, W_grad[first:last])
         if self.l1_coeff:
             d_pre.add_(self.l1_coeff / n)
         d_pre.mul_(mask)
         if use_aux:
-            W_grad.add_(self.product(aux_acts.T, slopes[-1]))
-            d_pre.add_(self.product(slopes[-1], self.W_dec.T).mul_(aux_mask))
-        self.gradients["W_enc"].copy_(self.product(d_pre.T, x_in))
+            W_grad.add_(self.product(aux_acts.T, slopes[-1], self.gradients["W_enc"]))
+            d_pre.add_(self.product(slopes[-1], self.W_dec.T, self.buffer("d_aux", *pre_acts.shape)).mul_(aux_mask))
+        self.product(d_pre.T, x_in, self.gradients["W_enc"])
         torch.sum(d_pre, 0, out=self.gradients["b_enc"])
-        W_grad.sub_((W_grad * self.W_dec).sum(dim=1, keepdim=True) * self.W_dec)
+        W_grad.addcmul_(self.W_dec, torch.linalg.vecdot(W_grad, self.W_dec)[:, None], value=-1)
         smallest = acts.masked_fill(~mask, torch.inf).amin() if self.sae.jumps else torch.full((), torch.inf, device=x.device)
         return mse, loss, acts.sum() / n, aux, mask.sum(0, dtype=torch.float32), smallest
 
@@ -279,7 +317,7 @@ class Trainer:
             self.sae.threshold.fill_(float(self.threshold()))
         if reset:
             for name in ("sums", "rows", "fired", "strength"):
-                state[name] = torch.zeros_like(state[name])
+                state[name].zero_()
         return result
 
     def state_dict(self) -> dict:
@@ -292,7 +330,8 @@ class Trainer:
         for group in ("parameters", "first", "second", "adam_steps"):
             for name, mine in getattr(self, group).items():
                 mine.copy_(saved[group][name])
-        self.state = {name: value.to(self.device) for name, value in saved["state"].items()}
+        for name, mine in self.state.items():
+            mine.copy_(saved["state"][name])
         self.steps, self.active_share, self.any_dead = saved["steps"], saved["active_share"], saved["any_dead"]
         if self.sae.jumps:
             self.sae.threshold.fill_(float(self.threshold()))

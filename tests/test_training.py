@@ -307,3 +307,20 @@ def test_known_directions_are_found():
     before, after = (recovery(sae, directions, rows[50_000:], coefficients[50_000:]) for sae in (untrained, trained))
     assert before["max_cosine"] < 0.5 and after["max_cosine"] > 0.9
     assert before["f1"] < 0.2 and after["f1"] > 0.45
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_off_the_cpu_a_step_reads_nothing_back_and_stays_on_its_device(architecture, monkeypatch):
+    """On the meta device tensors have no content: reading one back, or mixing devices, raises. State keeps
+    its place in memory, as the recording of a step as a CUDA graph needs."""
+    sae = u.SAE(D_IN, D_SAE, architecture=architecture, k=K, apply_b_dec_to_input=True).to("meta")
+    trainer = training.Trainer(sae, L1, AUX)
+    trainer.product_dtype = torch.bfloat16
+    monkeypatch.setattr(trainer, "adam", lambda lr: None)  # torch's own kernel has no version for it
+    before = {name: id(t) for name, t in (trainer.state | trainer.gradients).items()}
+    for trainer.any_dead in (False, True):
+        with torch.no_grad():
+            trainer.work(torch.empty(BATCH, D_IN, device="meta"), trainer.lr)
+    assert {name: id(t) for name, t in (trainer.state | trainer.gradients).items()} == before
+    with pytest.raises(RuntimeError):
+        trainer.read()
