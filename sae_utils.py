@@ -87,22 +87,25 @@ def pick_device(name: str = "") -> str:
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name and not found.get(name.split(":")[0], False):
         raise UserError(f"device {name} is not available here; leave it empty to use {next(d for d in found if found[d])}.")
+    if ":" in name:
+        torch.cuda.set_device(name)  # a recorded graph belongs to the current device
     return name or next(d for d in found if found[d])
 
 
 class Every:
-    """True at most once per `seconds`: for progress lines that stay few in a log.
+    """True at most once per `seconds`, which grow by a tenth each time up to `longest`: for progress lines
+    that stay few in a log.
 
     >>> if due(): print(...)
     """
 
-    def __init__(self, seconds: float = 10.0):
-        self.seconds, self.last = seconds, time.monotonic()
+    def __init__(self, seconds: float = 10.0, longest: float = 0.0):
+        self.seconds, self.longest, self.last = seconds, max(seconds, longest), time.monotonic()
 
     def __call__(self) -> bool:
         if time.monotonic() - self.last < self.seconds:
             return False
-        self.last = time.monotonic()
+        self.seconds, self.last = min(1.1 * self.seconds, self.longest), time.monotonic()
         return True
 
 

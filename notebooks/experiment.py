@@ -143,23 +143,38 @@ def cache_folder(run_dir: Path) -> Path:
     return (sae_utils.ROOT / "runs" if inside else run_dir.parent) / "activations"
 
 
-def start_run(params: dict, **more) -> Path:
-    """Claims the folder of a training run and writes params.json there, with `more`; returns the folder.
+def start_run(params: dict, **more):
+    """Claims the folder of a training run and writes params.json there, with `more`.
 
-    What an unfinished run with the same parameters left is gone on with from its checkpoint, or started
-    again. UserError if finished.
+    Returns (folder, claim): the folder is this process's as long as `claim` lives. What an unfinished
+    run with the same parameters left is gone on with from its checkpoint, or started again. Raises
+    UserError where the run is finished, or where another process is at work on it.
     """
     run_dir, finished = run_folder(params)
     if finished:
         raise sae_utils.UserError(
             f"{sae_utils.show_path(run_dir)} is finished: look at report.pdf there, or change a parameter to start another run."
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
+    claim = claim_folder(run_dir)
     if not (run_dir / "checkpoint.pth").exists():
         for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
             stale.unlink()
-    record_params(run_dir / "params.json", params, **more)
-    return run_dir
+        record_params(run_dir / "params.json", params, **more)
+    return run_dir, claim
+
+
+def claim_folder(folder: Path):
+    """A lock on the folder, for as long as the object that is returned lives. UserError where another
+    process has it. A kernel that was killed lets go by itself."""
+    import filelock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = filelock.FileLock(folder / ".claim", is_singleton=True)  # a cell that is run again finds it its own
+    try:
+        claim.acquire(timeout=10)  # a kernel whose parent was killed takes a moment to notice
+    except filelock.Timeout:
+        raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is being worked on in another notebook or process: close it, or wait for it.") from None
+    return claim
 
 
 def patch_folder(params: dict) -> tuple[Path, bool]:
@@ -175,13 +190,14 @@ def patch_folder(params: dict) -> tuple[Path, bool]:
     return folder, (folder / ".done").exists()
 
 
-def start_patch(params: dict) -> Path:
+def start_patch(params: dict):
     """Claims the folder of a patching experiment, as `start_run` does for a training run."""
     folder, finished = patch_folder(params)
     if finished:
         raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is finished: look at patching.html there, or give this experiment another name.")
+    claim = claim_folder(folder)
     record_params(folder / "params.json", params)
-    return folder
+    return folder, claim
 
 
 def finished_run(run_dir: str) -> Path:
@@ -289,7 +305,7 @@ def execute(source: Path, folder: Path, params: dict) -> None:
         if running.exists():
             running.replace(failed)
         mistake = getattr(error, "ename", "") == "UserError"
-        if mistake and {file.name for file in folder.iterdir()} <= {failed.name, "params.json", ".lock"}:
+        if mistake and {file.name for file in folder.iterdir()} <= {failed.name, "params.json", ".lock", ".claim"}:
             shutil.rmtree(folder)  # nothing was made yet: the corrected command finds the name free
         raise
     running.replace(executed)

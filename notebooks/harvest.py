@@ -187,6 +187,7 @@ def cut_windows(tokenizer, documents, seq_len: int, n_rows: int, chat: bool = Fa
             if not is_text.any():
                 skipped += 1
                 continue
+            before = len(windows)
             for start in range(0, len(ids), step):
                 if rows >= n_rows:
                     break
@@ -197,7 +198,7 @@ def cut_windows(tokenizer, documents, seq_len: int, n_rows: int, chat: bool = Fa
                 windows.append(np.asarray(with_bos(tokenizer, ids[start : start + step]), np.int32))
                 owners.append(number)
                 rows += n
-            number += 1
+            number += len(windows) > before
             if rows >= n_rows:
                 break
     if rows == 0:
@@ -319,6 +320,7 @@ class Rows:
     window_document: Tensor  # document number of each window
     finite: Tensor  # (N,) boolean: rows with inf or NaN are False
     manifest: dict
+    folder: Path
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -385,7 +387,7 @@ def open_rows(folder: Path, non_finite: str = "refuse") -> Rows:
     if bad and non_finite != "drop":
         where = f"row {bad[0]}, token {columns[0][bad[0]]} at position {columns[2][bad[0]]} of window {columns[1][bad[0]]}"
         raise UserError(f"{show_path(folder)} holds {len(bad)} rows with inf or NaN (the first: {where}); non_finite drop goes on without them.")
-    return Rows(rows, *columns, windows, torch.from_numpy(arrays["window_document"]).long(), finite, manifest)
+    return Rows(rows, *columns, windows, torch.from_numpy(arrays["window_document"]).long(), finite, manifest, folder)
 
 
 def get_rows(model, tokenizer, hook_name: str, loaded: dict, cache: Path, announce=None) -> Rows:
@@ -438,7 +440,7 @@ def fill(model, tokenizer, hook_names: list[str], loaded: dict, cache: Path, ann
             stack.callback(lock.release)
         lacking = {hook: folder for hook, folder in folders.items() if not folder.exists()}
         if lacking:
-            stores = [Partial(hook, folder, keys[hook]) for hook, folder in lacking.items()]
+            stores = [Partial(hook, folder, keys[hook], model.device.type) for hook, folder in lacking.items()]
             begun = [(tokens, store.manifest["counts"]) for store in stores if (tokens := store.left_over())]
             cut = begun[0] if begun else cut_windows(tokenizer, text, loaded["seq_len"], loaded["n_activations"], loaded["chat"])
             harvest(model, tokenizer, stores, *cut, loaded, announce, **sizes)
@@ -451,17 +453,18 @@ class Partial:
     manifest.json lists the shards that are on disk, so a harvest that was killed goes on after them.
     """
 
-    def __init__(self, hook: str, folder: Path, key: dict):
+    def __init__(self, hook: str, folder: Path, key: dict, device: str):
         self.hook, self.folder, self.path = hook, folder, folder.with_name(folder.name + ".partial")
         packages = ("torch", "transformers", "tokenizers", "datasets", "numpy")
-        self.manifest = {"key": key, "versions": {name: importlib.metadata.version(name) for name in packages}}
+        self.manifest = {"key": key, "device": device, "versions": {name: importlib.metadata.version(name) for name in packages}}
         self.storage, self.error, self.bad, self.file = getattr(torch, key["activation_dtype"]), 0.0, [], None
 
     def left_over(self) -> dict | None:
         """tokens.npz of a harvest that was killed, where it can be gone on with."""
         try:
             found = json.loads((self.path / "manifest.json").read_text())
-            if any(found[name] != self.manifest[name] for name in ("key", "versions")):
+            if any(found[name] != self.manifest[name] for name in ("key", "device", "versions")):
+                print(f"{show_path(self.path)} was begun on another device or with other package versions: it is begun anew", flush=True)
                 return None
             if digest_of_files([self.path / "tokens.npz"]) != found["tokens"]:
                 return None
@@ -586,7 +589,7 @@ def harvest(
         raise UserError(f"the activations need {size / 1e9:.1f} GB in {show_path(stores[0].folder.parent)}, where {free / 1e9:.1f} GB are free: lower n_activations, or make room.")
 
     about = {name: loaded[name] for name in ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")}
-    due, begin, fresh = Every(10), time.monotonic(), 0
+    due, begin, fresh = Every(10, longest=60), time.monotonic(), 0
     try:
         for store, width in zip(stores, widths, strict=True):
             store.begin(tokens, counts, about, width)

@@ -21,6 +21,7 @@ import sae_utils
 # Share of active entries below which the sparse step is the faster one on a CPU: `make bench
 # PART=training` prints both around it.
 SPARSE_BELOW = 0.08
+CHECKPOINT_VERSION = 1
 THRESHOLD_DECAY = 0.99  # of the running mean of the smallest activation that a batch keeps
 PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of a Matryoshka SAE's latents, each a reconstruction of its own
 
@@ -50,8 +51,8 @@ class Trainer:
     "matryoshka" those of PREFIXES. l1: mean over tokens of the sum of acts. aux (AuxK, Gao et al.
     2024): how well the `d_in // 2` strongest of the latents that were silent for `dead_after` steps
     rebuild what the others leave over. "topk" keeps the k largest of each token, "batchtopk" and
-    "matryoshka" the k * batch largest of the batch; these two keep a running threshold, with which
-    the SAE is used afterwards.
+    "matryoshka" the k * batch largest of the batch, ties included; these two keep a running threshold,
+    with which the SAE is used afterwards.
 
     Nothing is read back from the device within a step on CUDA, where a step's kernels are recorded
     once and launched together (a CUDA graph; `graphs` False launches them one by one). `read()`
@@ -307,7 +308,7 @@ class Trainer:
         first_bad = int(state["first_bad"])
         if first_bad >= 0:
             raise sae_utils.UserError(
-                f"the loss was not a finite number at step {first_bad}, and training stopped there; the last checkpoint is kept: try a lower lr."
+                f"the loss was not a finite number at step {first_bad}; training stopped before it changed anything: start another run with a lower lr."
             )
         rows = state["rows"].clamp_min(1)
         result = dict(zip(("loss", "mse", "l1", "l0"), (state["sums"] / rows).tolist(), strict=True))
@@ -337,18 +338,24 @@ class Trainer:
             self.sae.threshold.fill_(float(self.threshold()))
 
 
-def save_checkpoint(path: Path, trainer: Trainer, **more) -> None:
-    """Writes what resuming needs; `more`: plain types."""
+def save_checkpoint(path: Path, trainer: Trainer, rows: str, **more) -> None:
+    """Writes what resuming needs. `rows`: a digest of what is trained on; `more`: plain types."""
     with sae_utils.atomic(path) as temporary:
         with temporary.open("wb") as file:
-            torch.save({"trainer": trainer.state_dict(), **more}, file)
+            torch.save({"version": CHECKPOINT_VERSION, "rows": rows, "trainer": trainer.state_dict(), **more}, file)
             file.flush()
             os.fsync(file.fileno())  # before the rename: the old checkpoint goes only when the new one is safe
 
 
-def load_checkpoint(path: Path, trainer: Trainer) -> dict:
-    """Brings the trainer to where `save_checkpoint` left it; returns what was saved beside it."""
+def load_checkpoint(path: Path, trainer: Trainer, rows: str) -> dict:
+    """Brings the trainer to where `save_checkpoint` left it; returns what was saved beside it. Raises
+    UserError where it was made by other code, or from other rows."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    name = sae_utils.show_path(path)
+    if saved.pop("version", 0) != CHECKPOINT_VERSION:
+        raise sae_utils.UserError(f"{name} was written by another version of this code: delete it to train from the start.")
+    if saved.pop("rows") != rows:
+        raise sae_utils.UserError(f"{name} was trained on other activations: the model, the text or the device has changed since; delete it to train from the start.")
     trainer.load_state_dict(saved.pop("trainer"))
     return saved
 
@@ -365,8 +372,9 @@ def probe(sae: sae_utils.SAE, x: Tensor, l1_coeff: float, auxk_weight: float, st
             pre_acts = (x[:64] @ copy.W_enc).flatten()
             trainer.b_enc.fill_(-pre_acts.topk(max(1, len(pre_acts) // 200)).values.min())
             trainer.active_share = 0.0
-        for step in range(steps + 1):
-            if step == 1:  # the first one is slow
+        warm = 5 if trainer.graphs else 1  # the first one is slow; on CUDA the fourth is recorded
+        for step in range(warm + steps):
+            if step == warm:
                 trainer.read()
                 begin = time.perf_counter()
             trainer.step(x, 0.0)
@@ -383,7 +391,7 @@ def probe(sae: sae_utils.SAE, x: Tensor, l1_coeff: float, auxk_weight: float, st
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """A uniform permutation of n rows that depends on the seed and the epoch only, so that a run which
     goes on in the middle of an epoch finds its place."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
 
 
 def shuffled_batches(activations: Tensor, index: Tensor, batch_size: int, device: str = "cpu", super_batch: int = 32768):
@@ -393,6 +401,8 @@ def shuffled_batches(activations: Tensor, index: Tensor, batch_size: int, device
     on disk, while the batches before are trained on. On a GPU the whole store is looked up there
     instead, where `activations` is there already.
     """
+    if not len(index):
+        return
     if activations.device.type != "cpu":
         yield from (activations[part] for part in index.to(activations.device).split(batch_size))
         return
@@ -409,21 +419,20 @@ def shuffled_batches(activations: Tensor, index: Tensor, batch_size: int, device
         return torch.from_numpy(block).view(activations.dtype)
 
     with ThreadPoolExecutor(1) as pool:
-        blocks = index.split(size) if len(index) else []
-        coming = pool.submit(gather, blocks[0]) if blocks else None
+        blocks = index.split(size)
+        coming = pool.submit(gather, blocks[0])
         for number in range(len(blocks)):
             block = coming.result()
             if number + 1 < len(blocks):
                 coming = pool.submit(gather, blocks[number + 1])
-            for batch in block.split(batch_size):
-                yield batch.to(device)
+            yield from block.to(device).split(batch_size)
 
 
 def on_device(activations: Tensor, device: str) -> Tensor:
     """The activations on the GPU where they fit beside what training needs (a fifth is left free), else as they are."""
     if not device.startswith("cuda"):
         return activations
-    free, _ = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info(device)
     return activations.to(device) if activations.numel() * activations.element_size() < 0.8 * free - 2**31 else activations
 
 

@@ -111,7 +111,7 @@ def our_harvest(model, hooks: list[str], windows: list[list[int]], storage: str,
     counts = {"rows": len(kept), "windows": len(windows), "documents": len(windows), "tokens": len(flat)}
     names = ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")
     keys = [{"hook": hook, "activation_dtype": storage} for hook in hooks]
-    stores = [harvest.Partial(key["hook"], folder / harvest.digest_of(key)[:16], key) for key in keys]
+    stores = [harvest.Partial(key["hook"], folder / harvest.digest_of(key)[:16], key, model.device.type) for key in keys]
     harvest.harvest(model, None, stores, tokens, counts, dict.fromkeys(names, "") | {"non_finite": "refuse"})
     return [store.folder for store in stores]
 

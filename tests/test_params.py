@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import filelock
@@ -95,8 +97,8 @@ def test_run_names():
 
 def test_a_name_with_other_parameters_is_refused(folder):
     params = training_params(folder)
-    run_dir = experiment.start_run(params)
-    assert experiment.start_run(params) == run_dir  # the same again: an unfinished run starts anew
+    run_dir, claim = experiment.start_run(params)
+    assert experiment.start_run(params) == (run_dir, claim)  # the same again: an unfinished run starts anew
     before = (run_dir / "params.json").read_text()
     with pytest.raises(u.UserError, match="lr was 0.003, now 0.001") as refusal:
         experiment.start_run(params | {"lr": 1e-3})
@@ -261,3 +263,21 @@ def test_token_text_and_escapes(tokenizer):
     page = u.shade(["<script>", '"&', "猫"], [0.0, 4.0, 1.0])
     assert "<script>" not in page and "&lt;script&gt;" in page and "&quot;&amp;" in page
     assert [float(alpha) for alpha in re.findall(r"255,140,0,([0-9.]+)\)", page)] == [0, 1, 0.25]
+
+
+def test_a_run_that_another_process_works_on_is_refused(folder, monkeypatch):
+    params = training_params(folder)
+    code = f"import filelock, sys; lock = filelock.FileLock({str(Path(params['run_dir']) / '.claim')!r}); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    Path(params["run_dir"]).mkdir(parents=True)
+    events = Path(params["run_dir"]) / "events.out.tfevents.1"
+    events.touch()
+    acquire = filelock.FileLock.acquire
+    monkeypatch.setattr(filelock.FileLock, "acquire", lambda self, timeout: acquire(self, timeout=0.1))
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(u.UserError, match="being worked on in another notebook or process"):
+            experiment.start_run(params)
+        assert events.exists()
+        other.stdin.close()
+    experiment.start_run(params)
+    assert not events.exists()
