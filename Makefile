@@ -97,6 +97,10 @@ tensorboard: $(READY) ## watch all runs
 test: $(READY) ## all tests, the notebooks on the tiny model included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests
 
+.PHONY: test-browser
+test-browser: $(READY) ## search and click through a run's features.html in headless chromium: [RUN=demo]
+	$(PY) tests/browser.py runs/$(or $(RUN),demo)/features.html
+
 .PHONY: smoke
 smoke: $(READY) ## only the notebooks on the tiny model
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests/test_notebooks.py

@@ -807,9 +807,9 @@ def plot_text(text: str) -> str:
     return "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$")
 
 
-def shade(pieces: list[str], values, color: str = "255,140,0") -> str:
-    """HTML of tokens, shaded by non-negative values relative to the largest; every token escaped."""
-    top = max([float(v) for v in values] + [1e-9])
+def shade(pieces: list[str], values, color: str = "255,140,0", top: float = 0.0) -> str:
+    """HTML of tokens, shaded by non-negative values relative to `top` (0: the largest); every token escaped."""
+    top = top or max([float(v) for v in values] + [1e-9])
     spans = (
         f'<span style="background:rgba({color},{max(0.0, float(v)) / top:.2f})" title="{float(v):.3g}">{html.escape(piece)}</span>'
         for piece, v in zip(pieces, values, strict=True)

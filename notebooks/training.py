@@ -43,7 +43,7 @@ def csr(row_starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, in
 
 
 class Trainer:
-    """Trains `sae` in place, step by step: `step(x_unit, lr)` with normalised rows (batch, d_in).
+    """Trains `sae` in place, step by step: `step(normalise(batch), lr)` with rows (batch, d_in).
 
     loss = mean over prefixes of mse + l1_coeff * l1 (ReLU only) + auxk_weight * aux (where above 0)
 
@@ -96,6 +96,12 @@ class Trainer:
         if (name, size) not in self.buffers:
             self.buffers[name, size] = torch.empty(size, device=self.device, dtype=dtype)
         return self.buffers[name, size]
+
+    @torch.no_grad()
+    def normalise(self, batch: Tensor) -> Tensor:
+        """x_unit of raw activations, as `SAE.normalise` gives it, in memory that the next batch overwrites."""
+        x = self.buffer("x", *batch.shape).copy_(batch).sub_(self.sae.mean)
+        return x.div_(self.sae.norm_scale or torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-8))
 
     @torch.no_grad()
     def step(self, x: Tensor, lr: float) -> None:
@@ -209,11 +215,11 @@ class Trainer:
         if prefixes > 1:
             error.copy_(error.cumsum(0))
         error.add_(self.b_dec).sub_(x)
-        each = error.square().mean(dim=(1, 2))
+        each = torch.linalg.vector_norm(error, dim=(1, 2)).square() / x.numel()
         aux = torch.zeros((), device=x.device)
         if len(parts) > prefixes:
             parts[-1].add_(error[-1])  # aims at what is left over, x - x_hat
-            aux = parts[-1].square().mean()
+            aux = torch.linalg.vector_norm(parts[-1]).square() / x.numel()
             parts[-1].mul_(2 * self.auxk_weight / x.numel())
         error.mul_(2 / (x.numel() * prefixes))
         if prefixes > 1:

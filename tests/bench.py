@@ -271,7 +271,7 @@ def our_steps(sae: sae_utils.SAE, rows: torch.Tensor, batch_size: int, l1_coeff:
     def steps():
         index = training.epoch_order(len(rows), 0, next(epochs))
         for batch in training.shuffled_batches(rows, index, batch_size, super_batch=4 * batch_size):
-            trainer.step(sae.normalise(batch)[0], 1e-7)
+            trainer.step(trainer.normalise(batch), 1e-7)
         trainer.read(reset=True)
 
     return steps

@@ -39,7 +39,7 @@ def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, *
         training.shuffled_batches(rows, index[training.epoch_order(len(index), recipe["seed"], e)], 512) for e in epoch
     )
     for step, batch in enumerate(itertools.islice(batches, steps)):
-        trainer.step(sae.normalise(batch)[0], sae_utils.learning_rate(step, steps, recipe["lr"], 500, recipe.get("lr_min_ratio", 0.5), 0.8))
+        trainer.step(trainer.normalise(batch), sae_utils.learning_rate(step, steps, recipe["lr"], 500, recipe.get("lr_min_ratio", 0.5), 0.8))
         if step % 100 == 99:
             trainer.read(reset=True)
     trainer.read()

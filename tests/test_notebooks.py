@@ -107,7 +107,7 @@ def test_training_reaches_its_numbers(run):
 
 def test_a_run_leaves_every_file(run):
     names = {path.name for path in run.iterdir()}
-    assert {"params.json", "sae_training.ipynb", "sae.pth", "metrics.json", "history.csv", "report.pdf", "contexts.json", "overview.png", ".done"} <= names
+    assert {"params.json", "sae_training.ipynb", "sae.pth", "metrics.json", "history.csv", "report.pdf", "features.npz", "features.html", "overview.png", ".done"} <= names
     assert not [name for name in names if name.endswith(".tmp") or "running" in name or "failed" in name]
     assert (run / "report.pdf").read_bytes()[:5] == b"%PDF-" and (run / "report.pdf").stat().st_size < 2e6
     recorded = read(run / "params.json")
@@ -143,12 +143,13 @@ def test_the_saved_sae_is_the_one_that_was_scored(run, tiny):
 
 
 def test_contexts_are_where_latents_fire(run):
-    sae, contexts = u.SAE.load(run / "sae.pth"), read(run / "contexts.json")
-    assert len(contexts) == int((sae.density > 0).sum())
-    for latent, places in list(contexts.items())[::40]:
-        values = [place["activation"] for place in places]
-        assert values == sorted(values, reverse=True) and values[0] >= sae.max_act[int(latent)] - 1e-4
-        assert places[0]["token"].strip() and isinstance(places[0]["before"], str)
+    sae, found = u.SAE.load(run / "sae.pth"), np.load(run / "features.npz")
+    live = (sae.density > 0).numpy()
+    assert (found["top_rows"][live, 0] >= 0).all() and (found["top_values"][live, 0] >= sae.max_act[live].numpy() - 1e-4).all()
+    assert (np.diff(found["top_values"], axis=1) <= 0).all()
+    np.testing.assert_allclose(found["acts"][live, 0, 8], found["top_values"][live, 0], rtol=2e-3)
+    page = (run / "features.html").read_text()
+    assert f"{live.sum():,} live latents" in page and len(page) < 15e6
 
 
 def test_the_patch_does_something_a_person_can_see(patch):
@@ -238,7 +239,7 @@ def test_a_killed_training_run_goes_on_and_ends_the_same_to_the_bit(folder, fres
         experiment.launch("sae_training", [*flags, "-p", "run_dir", str(run_dir)])
     assert "going on from step" in (killed / "sae_training.ipynb").read_text()
     assert not (killed / "checkpoint.pth").exists()
-    for file in ("history.csv", "metrics.json", "contexts.json"):
+    for file in ("history.csv", "metrics.json", "features.html"):
         assert (whole / file).read_bytes() == (killed / file).read_bytes(), file
     one, other = (torch.load(run_dir / "sae.pth", weights_only=True) for run_dir in (whole, killed))
     for name, value in one["state_dict"].items():

@@ -140,6 +140,18 @@ def make_copy(sae: u.SAE) -> u.SAE:
     return copy
 
 
+@pytest.mark.parametrize("norm_scale", [0.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalised_rows_are_those_of_the_sae(norm_scale, dtype):
+    sae = make_sae("relu")
+    sae.norm_scale = norm_scale
+    sae.mean.normal_()
+    trainer, x = training.Trainer(sae), (torch.randn(BATCH, D_IN) * 5).to(dtype)
+    x[0] = sae.mean
+    for batch in (x, x[:7]):
+        torch.testing.assert_close(trainer.normalise(batch), sae.normalise(batch)[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(3, 8), (5, 7), (40, 64), (1, 1)])
 def test_positions_of_true_entries(shape):
     for share in (0.0, 0.02, 0.5, 1.0):
