@@ -5,6 +5,7 @@ counts are the ratios. Tables go to the terminal, rows to runs/bench.json.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -78,7 +79,7 @@ def gemma_shape(vocab: int, hidden: int, layers: int, heads: int, intermediate: 
 def random_windows(n: int, full: bool) -> list[list[int]]:
     """Token ids of windows of at most 128: lengths as WikiText's lines have them (mean about 48), or all full."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.full((n,), 128) if full else torch.empty(n).exponential_(1 / 56, generator=generator).clamp(4, 128).long()
+    lengths = torch.full((n,), 128) if full else torch.empty(n).exponential_(1 / 51, generator=generator).clamp(4, 128).long()
     return [[2, *torch.randint(10, 30_000, (length - 1,), generator=generator).tolist()] for length in lengths.tolist()]
 
 
@@ -130,7 +131,7 @@ def bench_harvest(rounds: int, quick: bool) -> list[dict]:
     for case, vocab, full in cases[:1] if quick else cases:
         model = gemma_shape(vocab, 640, 12, 4, 2048, torch.float32, device)
         windows, hook = random_windows(n // 4 if full else n, full), "model.layers.6.mlp.down_proj"
-        some = windows[: len(windows) // 8]  # the slow way need not do them all: rates are compared
+        some = sorted(windows, key=len)[4::8]  # the slow way need not do them all: rates are compared, at the same mean length
         found = {}
         ways = {
             "textbook": lambda: found.update(textbook=textbook_harvest(model, hook, some, device)),  # noqa: B023
@@ -263,14 +264,15 @@ def textbook_steps(sae: sae_utils.SAE, rows: torch.Tensor, batch_size: int, l1_c
 
 
 def our_steps(sae: sae_utils.SAE, rows: torch.Tensor, batch_size: int, l1_coeff: float, **settings):
-    """One pass of the notebook's loop: shuffled batches from a store in bfloat16, normalised, stepped; read at its end."""
-    rows = rows.bfloat16()
-    trainer, epochs = training.Trainer(sae, l1_coeff, **settings), iter(range(10**6))
+    """Some steps of the notebook's loop: shuffled batches from a store in bfloat16, normalised, stepped; read at the end.
+    The batches come from one long epoch, so that the next ones are gathered while a step runs, as in a real run."""
+    trainer, stored = training.Trainer(sae, l1_coeff, **settings), rows.bfloat16()
     trainer.active_share = 0.0
+    index = torch.randint(len(rows), (1_000_000,))
+    batches = training.shuffled_batches(stored, index, batch_size, rows.device.type, super_batch=8 * batch_size)
 
     def steps():
-        index = training.epoch_order(len(rows), 0, next(epochs))
-        for batch in training.shuffled_batches(rows, index, batch_size, super_batch=4 * batch_size):
+        for batch in itertools.islice(batches, len(rows) // batch_size):
             trainer.step(trainer.normalise(batch), 1e-7)
         trainer.read(reset=True)
 
@@ -328,8 +330,6 @@ def bench_training(rounds: int, quick: bool) -> list[dict]:
 def bench_peers(rounds: int, quick: bool) -> list[dict]:
     """A step of ours against one of SAELens's SAETrainer (its own loop, fed tensors) and of dictionary_learning's
     StandardTrainer, on the same rows at the same L0. Needs both installed: `make bench-peers`."""
-    import itertools
-
     import sae_lens
     from dictionary_learning.trainers.standard import StandardTrainer
     from sae_lens.config import SAETrainerConfig

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_nothing_is_written_over(run, patch, capsys):
 
 def test_make_knows_its_jobs():
     help_text = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for job in "setup lab demo train patch sweep tensorboard test smoke clean".split():
+    for job in "setup lab demo activations train patch sweep tensorboard test test-browser smoke bench bench-peers clean".split():
         assert f"make {job}" in help_text
     plan = ["make", "-n", "-o", ".venv/.ready", "sweep", "LAYERS=1 2", "L1S=1e-4 3e-4", "SWEEP=try", "P=-p epochs 3"]
     lines = [line for line in subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines() if "run_dir" in line]
@@ -197,17 +198,19 @@ def test_make_knows_its_jobs():
 def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     secret = "hf_" + "x" * 30
     monkeypatch.setenv("HF_TOKEN", secret)
-    flags = f"-p model_name {folder}/model -p dataset_name {folder}/text.jsonl -p run_dir {folder}/runs/small -p layer 1 -p epochs 2"
+    flags = f"-p model_name {folder}/model -p dataset_name {folder}/text.jsonl -p run_dir {folder}/runs/small -p layer 1 -p epochs 30"
+    flags += " -p early_stop_epochs 2 -p lr 1e-12"  # nothing is learnt, so nothing improves
     assert experiment.main(["sae_training", *flags.split(), "-p", "n_activations", "1000000", "-p", "seq_len", "16"]) == 0
     run = folder / "runs" / "small"
     metrics = read(run / "metrics.json")
-    fewer, few_held_out, weight, warm_up = metrics["notices"]
+    fewer, few_held_out, weight, warm_up, stopped = metrics["notices"]
+    assert re.fullmatch(r"stopped after epoch (\d+) of 30: .* for 2 epochs.", stopped) and metrics["epochs"] < 30
     assert f"only {metrics['held_out_rows']} rows are held out" in few_held_out
     assert f"holds {metrics['rows']:,} rows, fewer than the 1,000,000" in fewer
     assert "far weaker than the reference's 0.35 (l1_coeff 0.022)" in weight and metrics["l1_weight"] == pytest.approx(3e-4 * 16)
-    assert f"no room for the cosine in a run of {metrics['steps']} steps" in warm_up
+    assert f"no room for the cosine in a run of {metrics['steps'] // metrics['epochs'] * 30} steps" in warm_up
     outputs = [out for cell in nbformat.read(run / "sae_training.ipynb", 4).cells for out in cell.get("outputs", [])]
-    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 4
+    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 5
     leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not leaks
 
