@@ -156,7 +156,7 @@ def test_contexts_are_where_latents_fire(run):
 def test_the_patch_does_something_a_person_can_see(patch):
     result = read(patch / "patching.json")
     assert result["prompts"] == 10 and result["prompts_hit"] >= 8
-    assert sorted(result["control_hits"])[len(result["control_hits"]) // 2] <= 2 and len(result["controls"]) == 20
+    assert sorted(result["control_hits"])[len(result["control_hits"]) // 2] <= 4 and len(result["controls"]) == 20
     assert result["controls_as_good"] == 0 and max(result["control_log_odds_change"]) < sum(r["log_odds_change"] for r in result["comparison"]) / 10
     for row in result["comparison"]:
         texts = {arm: "".join(piece["text"] for piece in row[arm]) for arm in ("original", "reconstruction", "patched")}
