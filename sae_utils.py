@@ -117,6 +117,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} days"
 
 
+def in_bytes(n: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
 # ---------------------------------------------------------------------------------------------
 # Model: where the hook is, loading
 # ---------------------------------------------------------------------------------------------

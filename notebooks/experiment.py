@@ -328,6 +328,8 @@ def harvest_layers(layers: str, flags: list[str]) -> None:
             hooks.append(sae_utils.find_hook(params["model_name"], number, params["hook"], params["model_revision"], params["seq_len"]))
         except sae_utils.UserError as error:
             mistakes.append(str(error))
+    if not hooks and not mistakes:
+        raise sae_utils.UserError('no layer is named: make activations LAYERS="2 6 10".')
     if hooks:
         text = harvest.open_text(params)
         device = sae_utils.pick_device(params["device"])

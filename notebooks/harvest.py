@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sae_utils import (
-    Every, UserError, atomic, duration, encode_text, hub_errors, local_or_hub, pad, resolve, run_to_hooks, show_path, special_ids, use_hf_token,
+    Every, UserError, atomic, duration, encode_text, hub_errors, in_bytes, local_or_hub, pad, resolve, run_to_hooks, show_path, special_ids, use_hf_token,
     with_bos, write_json,
 )  # fmt: skip
 
@@ -50,7 +50,6 @@ class Text:
     """Documents to iterate over, and a digest of what they hold. A document is a string, or, for
     chats, a list of messages."""
 
-    name: str
     column: str
     rows: object  # a datasets.Dataset
     fingerprint: str
@@ -95,7 +94,7 @@ def open_text(params: dict) -> Text:
     if not isinstance(next((value for value in rows[:1000][column] if value is not None), ""), allowed):
         raise UserError(f"dataset {name}: column {column} does not hold text{' or lists of messages' if params['chat'] else ''}.")
     # For the hub, `datasets` derives its fingerprint from the commit of the data that was loaded.
-    text = Text(name, column, rows, digest_of_files(files) if files else rows._fingerprint)
+    text = Text(column, rows, digest_of_files(files) if files else rows._fingerprint)
     if next(iter(text), None) is None:
         raise UserError(f"dataset {name} is empty: column {column} holds no text.")
     return text
@@ -586,9 +585,10 @@ def harvest(
     if announce:
         announce(plan | {"bytes": size, "free_bytes": free})
     if size > free:
-        raise UserError(f"the activations need {size / 1e9:.1f} GB in {show_path(stores[0].folder.parent)}, where {free / 1e9:.1f} GB are free: lower n_activations, or make room.")
+        raise UserError(f"the activations need {in_bytes(size)} in {show_path(stores[0].folder.parent)}, where {in_bytes(free)} are free: lower n_activations, or make room.")
 
-    about = {name: loaded[name] for name in ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")}
+    filters = {"left_out": special_ids(tokenizer) if tokenizer else [], "first_token": not counts.get("bos_tokens", 1)}
+    about = {"filters": filters} | {name: loaded[name] for name in ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")}
     due, begin, fresh = Every(10, longest=60), time.monotonic(), 0
     try:
         for store, width in zip(stores, widths, strict=True):
@@ -622,7 +622,7 @@ def card(plan: dict) -> str:
         f"{plan['rows']:,} rows from {plan['windows']:,} windows ({plan['tokens']:,} tokens) of {plan['documents']:,} documents, at {', '.join(plan['hooks'])}",
         "left out: " + ", ".join([f"BOS of each of {plan['bos_tokens']:,} windows"] * (plan["bos_tokens"] > 0) + [f"{n:,} {name.replace('_', ' ')}" for name, n in left_out.items() if n]),
         f"{plan['tokens_per_second']:,.0f} tokens/s in a short probe: about {duration(plan['seconds'])}",
-        f"{plan['bytes'] / 1e9:.2f} GB to write, {plan['free_bytes'] / 1e9:,.0f} GB free",
+        f"{in_bytes(plan['bytes'])} to write, {in_bytes(plan['free_bytes'])} free",
     ]
     if plan["done_rows"]:
         lines.append(f"going on after {plan['done_rows']:,} rows that an earlier harvest left")

@@ -205,6 +205,10 @@ class Trainer:
         most = min(self.sae.d_in // 2, self.sae.d_sae)
         return torch.zeros_like(among, dtype=torch.bool).scatter_(1, among.topk(most, sorted=False).indices, True) & (among > 0)
 
+    @property
+    def use_aux(self) -> bool:
+        return self.auxk_weight > 0 and self.any_dead
+
     # -- the gradients, dense and sparse
 
     def errors(self, parts: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -231,7 +235,7 @@ class Trainer:
         mask, n = self.keep(pre_acts), len(x)
         acts = torch.mul(pre_acts, mask, out=self.buffer("acts", *pre_acts.shape))
         groups = list(zip([0, *self.ends], self.ends, strict=False))
-        use_aux = self.auxk_weight > 0 and self.any_dead
+        use_aux = self.use_aux
         parts = self.buffer("parts", len(groups) + use_aux, *x.shape)
         for part, (first, last) in zip(parts, groups, strict=False):
             self.product(acts[:, first:last], self.W_dec[first:last], part)
@@ -265,7 +269,7 @@ class Trainer:
         acts, row, main = pre_acts.view(-1)[flat], token, len(flat)
         if len(self.ends) > 1:
             row = token + n * torch.bucketize(latent, torch.tensor(self.ends), right=True)
-        if self.auxk_weight > 0 and self.any_dead:
+        if self.use_aux:
             extra = nonzero_flat(self.silent(pre_acts))
             token, latent = torch.cat([token, extra // d_sae]), torch.cat([latent, extra % d_sae])
             acts, row = torch.cat([acts, pre_acts.view(-1)[extra]]), torch.cat([row, extra // d_sae + n * len(self.ends)])
@@ -277,11 +281,12 @@ class Trainer:
         if len(self.ends) > 1:
             order = row.argsort(stable=True)
             token, latent, acts, row, weight = (t[order] for t in (token, latent, acts, row, weight))
-        n_parts = len(self.ends) + (self.auxk_weight > 0 and self.any_dead)
+        n_parts = len(self.ends) + self.use_aux
         starts = torch.searchsorted(row, torch.arange(n_parts * n + 1)).int()
         columns, size = latent.int(), (n_parts * n, d_sae)
         parts = self.buffer("parts", n_parts, *x.shape)
-        torch.addmm(self.zero_rows(size[0]), csr(starts, columns, acts, size), self.W_dec, beta=0, out=parts.view(-1, x.shape[1]))
+        flat_parts = parts.view(-1, x.shape[1])
+        torch.addmm(flat_parts, csr(starts, columns, acts, size), self.W_dec, beta=0, out=flat_parts)
         mse, loss, aux, slopes = self.errors(parts, x)
         slopes = slopes.view(-1, x.shape[1])
         pattern = csr(starts, columns, torch.zeros_like(acts), size)
@@ -296,9 +301,6 @@ class Trainer:
             gradient, matrix = self.gradients[name], csr(starts, rows[order].int(), values[order], (d_sae, len(other)))
             torch.addmm(gradient, matrix, other, beta=int(name == "W_dec"), out=gradient)
         return mse, loss, l1, aux, fired, smallest
-
-    def zero_rows(self, n: int) -> Tensor:
-        return self.buffer("zero", n, self.sae.d_in)
 
     # -- reading, and going on later
 

@@ -415,7 +415,7 @@ def test_a_full_disk_is_told_and_what_was_written_is_kept(folder, model, tokeniz
 
 def test_too_little_room_is_told_before_the_harvest(folder, model, tokenizer, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1500 * 16 * 4 - 1))
-    with pytest.raises(u.UserError, match="the activations need 0.0 GB in .* lower n_activations, or make room"):
+    with pytest.raises(u.UserError, match="the activations need 0.1 MB in .*, where 0.1 MB are free: lower n_activations, or make room"):
         rows_of(folder, model, tokenizer)
     assert not list((folder / "activations").glob("*.partial"))
 

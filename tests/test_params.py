@@ -281,3 +281,11 @@ def test_a_run_that_another_process_works_on_is_refused(folder, monkeypatch):
         other.stdin.close()
     experiment.start_run(params)
     assert not events.exists()
+
+
+def test_activations_of_no_layer_are_refused(folder, capsys):
+    flags = ["-p", "model_name", str(folder / "model"), "-p", "dataset_name", str(folder / "text.jsonl"), "-p", "run_dir", str(folder / "runs" / "x")]
+    assert experiment.main(["activations", " ", *flags]) == 2 and "no layer is named" in capsys.readouterr().err
+    assert experiment.main(["activations", "1 9", *flags, "-p", "n_activations", "1000", "-p", "seq_len", "16"]) == 2
+    told = capsys.readouterr()
+    assert "layer 9 is outside" in told.err and "model.layers.1.mlp.down_proj: " in told.out
