@@ -820,18 +820,3 @@ def shade(pieces: list[str], values, color: str = "255,140,0", top: float = 0.0)
         for piece, v in zip(pieces, values, strict=True)
     )
     return f'<span style="white-space:pre-wrap">{"".join(spans)}</span>'
-
-
-@torch.no_grad()
-def top_rows(sae: SAE, activations: Tensor, index: Tensor, k: int, chunk: int = 4096) -> tuple[Tensor, Tensor]:
-    """(values, rows), both (d_sae, k): each latent's k largest activations among the rows `index`, and
-    which rows they are, largest first. Streams: no (N, d_sae) matrix is held. Value 0: no such row."""
-    values = torch.zeros(sae.d_sae, 0)
-    rows = torch.zeros(sae.d_sae, 0, dtype=torch.long)
-    for part in index.split(chunk):
-        acts = sae.encode(activations[part].to(sae.W_enc.device)).T.cpu()  # (d_sae, chunk)
-        best = acts.topk(min(k, len(part)), dim=1)
-        values, rows = torch.cat([values, best.values], 1), torch.cat([rows, part[best.indices]], 1)
-        kept = values.topk(min(k, values.shape[1]), dim=1)
-        values, rows = kept.values, rows.gather(1, kept.indices)
-    return values, rows

@@ -148,12 +148,3 @@ def test_recovered_by_hand():
     assert u.recovered(2.0, 2.25, 3.0) == pytest.approx(0.75)
     assert u.recovered(2.0, 2.25, 2.009) is None and u.recovered(2.0, 2.5, 1.5) is None
     assert math.isclose(u.recovered(1.0, 1.0, 4.0), 1.0)
-
-
-def test_top_rows_against_the_whole_matrix(sae):
-    x, index = data(500, 16), torch.randperm(500)[:321]
-    values, rows = u.top_rows(sae, x, index, k=7, chunk=64)
-    expected = sae.encode(x[index]).T.topk(7, dim=1)
-    torch.testing.assert_close(values, expected.values)
-    torch.testing.assert_close(sae.encode(x[rows.flatten()]).view(48, 7, 48)[torch.arange(48), :, torch.arange(48)], values)
-    assert set(rows.flatten().tolist()) <= set(index.tolist())
