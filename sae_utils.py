@@ -21,7 +21,7 @@ import os
 import re
 import runpy
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -498,69 +498,6 @@ def post_norm_name(model, hook_name: str) -> str:
     return name if name in dict(model.named_modules()) else ""
 
 
-@torch.inference_mode()
-def cross_entropies(model, tokenizer, hook_name: str, sae: SAE, windows: list[list[int]], mean: Tensor) -> dict:
-    """Next-token cross-entropies in nats over all tokens of the windows: untouched (ce_clean), with the
-    SAE's output in place of the activation (ce_spliced), with zero (ce_zero) and with `mean` (d_in)
-    (ce_mean) in its place; and kl, the mean KL(clean ‖ spliced). BOS and special positions keep
-    their activation in all of them. Where a norm follows the hook, ce_mean_post_norm has the mean
-    in place of that norm's output. ce_recovered: see `recovered`.
-    """
-    after = post_norm_name(model, hook_name)
-    arms = {
-        "ce_clean": nullcontext,
-        "ce_spliced": lambda: intervene(model, hook_name, sae, tokenizer, keep_error=False),
-        "ce_zero": lambda: edit_output(model, hook_name, torch.zeros_like, tokenizer),
-        "ce_mean": lambda: edit_output(model, hook_name, lambda x: mean.to(x).expand_as(x), tokenizer),
-    }
-    if after:
-        after_mean = mean_output(model, after, windows, tokenizer)
-        arms["ce_mean_post_norm"] = lambda: edit_output(model, after, lambda x: after_mean.to(x).expand_as(x), tokenizer)
-    sums, kl, count = dict.fromkeys(arms, 0.0), 0.0, 0
-    for batch in batches(windows, model):
-        ids, mask = pad(batch, device=model.device)
-        predicted = mask[:, 1:].bool()
-        for arm, context in arms.items():
-            with context():
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            logprobs = logits[:, :-1][predicted].float().log_softmax(-1)  # (tokens, d_vocab)
-            sums[arm] -= logprobs.gather(1, ids[:, 1:][predicted][:, None]).cpu().double().sum().item()
-            if arm == "ce_clean":
-                clean = logprobs
-            elif arm == "ce_spliced":
-                kl += (clean.exp() * (clean - logprobs)).sum(-1).cpu().double().sum().item()
-        count += int(predicted.sum())
-    result = {arm: total / count for arm, total in sums.items()} | {"kl": kl / count, "ce_tokens": count}
-    result["ce_recovered"] = recovered(result["ce_clean"], result["ce_spliced"], result["ce_zero"])
-    worst_mean = result["ce_mean_post_norm" if after else "ce_mean"]
-    result["ce_recovered_mean"] = recovered(result["ce_clean"], result["ce_spliced"], worst_mean)
-    return result
-
-
-def recovered(clean: float, spliced: float, ablated: float) -> float | None:
-    """(ablated - spliced) / (ablated - clean); None where the layer matters less than 0.01 nats."""
-    return None if ablated - clean < 0.01 else (ablated - spliced) / (ablated - clean)
-
-
-def batches(windows: list[list[int]], model, most: int = 32):
-    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32)."""
-    longest = max(map(len, windows))
-    size = max(1, min(most, 2**27 // (longest * model.config.get_text_config().vocab_size)))
-    for start in range(0, len(windows), size):
-        yield windows[start : start + size]
-
-
-def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) -> Tensor:
-    """Mean output (d,) of a module over the text tokens of the windows, in float64 inside."""
-    total, count, special, bos = 0.0, 0, set(special_ids(tokenizer)), tokenizer.bos_token_id
-    for batch in batches(windows, model):
-        out = run_to_hook(model, module_name, *pad(batch, device=model.device))
-        for row, window in enumerate(batch):
-            kept = out[row, [i for i, token in enumerate(window) if token not in special and (i > 0 or bos is not None)]]
-            total, count = total + kept.cpu().double().sum(0), count + len(kept)
-    return (total / count).float()
-
-
 # ---------------------------------------------------------------------------------------------
 # Editing latents while the model runs
 # ---------------------------------------------------------------------------------------------
@@ -770,6 +707,14 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
         model.generation_config = own
     new = out[:, ids.shape[1] :].tolist()
     return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
+
+
+def batches(windows: list[list[int]], model, most: int = 32):
+    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32)."""
+    longest = max(map(len, windows), default=1)
+    size = max(1, min(most, 2**27 // (longest * model.config.get_text_config().vocab_size)))
+    for start in range(0, len(windows), size):
+        yield windows[start : start + size]
 
 
 @torch.inference_mode()

@@ -636,9 +636,9 @@ def card(plan: dict) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def spectrum(activations: Tensor, index: Tensor, most: int = 65536) -> tuple[Tensor, float]:
-    """(variances (d_in), largest first; effective rank) of the rows `index`, at most `most` of them,
-    evenly spread, in float64.
+def spectrum(activations: Tensor, index: Tensor, most: int = 65536) -> tuple[Tensor, float, Tensor]:
+    """(variances (d_in), largest first; effective rank; principal components (d_in, d_in), one a row, the
+    largest first) of the rows `index`, at most `most` of them, evenly spread, in float64 inside.
 
     Effective rank: exp of the entropy of the covariance's eigenvalues, taken as shares of their sum
     (Roy and Vetterli 2007). From 1 (one direction) to d_in (all alike).
@@ -646,6 +646,7 @@ def spectrum(activations: Tensor, index: Tensor, most: int = 65536) -> tuple[Ten
     chosen = index[:: -(-len(index) // most)]
     x = torch.cat([activations[part].double() for part in chosen.split(8192)])
     covariance = torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
-    share = torch.linalg.eigvalsh(covariance).clamp_min(0)
-    share = share / share.sum()
-    return covariance.diagonal().sort(descending=True).values, torch.special.entr(share).sum().exp().item()
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    share = eigenvalues.clamp_min(0) / eigenvalues.clamp_min(0).sum()
+    components = eigenvectors.flip(1).T.float()
+    return covariance.diagonal().sort(descending=True).values, torch.special.entr(share).sum().exp().item(), components

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 
+import features
 import harvest
 import sae_utils
 import training
@@ -177,6 +178,34 @@ def anonymous_memory() -> float:
     return int(status.split("RssAnon:")[1].split()[0]) / 1e6
 
 
+class Measured:
+    """Peak anonymous memory above the start, and the time, of pieces of work: a row for each."""
+
+    def __init__(self, part: str, limit: float):
+        self.part, self.limit, self.rows, self.peak, self.running = part, limit, [], 0.0, True
+
+    def __enter__(self):
+        self.base = anonymous_memory()
+        threading.Thread(target=self.watch).start()
+        return self
+
+    def __exit__(self, *error):
+        self.running = False
+
+    def watch(self):
+        while self.running:
+            self.peak = max(self.peak, anonymous_memory())
+            time.sleep(0.05)
+
+    def during(self, case: str, work):
+        self.peak, begin = 0.0, time.perf_counter()
+        result = work()
+        used = self.peak - self.base
+        row = {"part": self.part, "case": case, "ours": used, "other": self.limit, "ratio": used / self.limit}
+        self.rows.append(row | {"seconds": time.perf_counter() - begin, "machine": machine()})
+        return result
+
+
 def bench_memory(rounds: int, quick: bool) -> list[dict]:
     """Peak anonymous memory while 3M rows of 1152 are written, verified and read shuffled.
 
@@ -195,25 +224,10 @@ def bench_memory(rounds: int, quick: bool) -> list[dict]:
 
     n, d_in = (100_000 if quick else 3_000_000), 1152
     windows = random_windows(1000, True) * (-(-n // 127_000))
-    rows, peak, running = [], [0.0], True
-
-    def watch():
-        while running:
-            peak[0] = max(peak[0], anonymous_memory())
-            time.sleep(0.05)
-
-    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder:
-        base, model = anonymous_memory(), Stub().requires_grad_(False)
-        threading.Thread(target=watch).start()
-        def measured(case, work):
-            peak[0], begin = 0.0, time.perf_counter()
-            result = work()
-            row = {"part": "memory", "case": case, "ours": peak[0] - base, "other": 2.0, "ratio": (peak[0] - base) / 2}
-            rows.append(row | {"seconds": time.perf_counter() - begin, "machine": machine()})
-            return result
-
-        (store,) = measured(f"harvest of {n:,} rows", lambda: our_harvest(model, ["out"], windows, "bfloat16", Path(folder)))
-        opened = measured("opened, checksums compared", lambda: harvest.open_rows(store))
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder, Measured("memory", 2.0) as memory:
+        model = Stub().requires_grad_(False)
+        (store,) = memory.during(f"harvest of {n:,} rows", lambda: our_harvest(model, ["out"], windows, "bfloat16", Path(folder)))
+        opened = memory.during("opened, checksums compared", lambda: harvest.open_rows(store))
 
         def epoch():
             order = torch.randperm(len(opened))
@@ -222,11 +236,60 @@ def bench_memory(rounds: int, quick: bool) -> list[dict]:
                 total += opened.activations[index].float().sum(0)
             return total
 
-        measured("one shuffled epoch in batches of 512", epoch)
-        running = False
-    table("GB of anonymous memory above the start (other: the limit)", rows)
+        memory.during("one shuffled epoch in batches of 512", epoch)
+    table("GB of anonymous memory above the start (other: the limit)", memory.rows)
     print(f"peak resident size, mapped pages included: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
-    return rows
+    return memory.rows
+
+
+# ---------------------------------------------------------------------------------------------
+# features: contexts of all latents, and the page, at full size
+# ---------------------------------------------------------------------------------------------
+
+
+def bench_features(rounds: int, quick: bool) -> list[dict]:
+    """Seconds and memory for the contexts of 9,216 latents over 1M rows of 1152 at an L0 of 50, the shares
+    of what they fire on, and the page of them all; tokens as frequent as words are (Zipf), 65,536 of them.
+
+    The page stays at runs/bench-features/features.html, for `make test-browser RUN=bench-features`.
+    """
+    n, d_in, d_sae, vocab = (60_000, 128, 1024, 4096) if quick else (1_000_000, 1152, 9216, 65_536)
+    words = [f" {''.join(letters)}" for letters in itertools.islice(itertools.product("eariotnslc", repeat=5), vocab)]
+    generator = torch.Generator().manual_seed(0)
+    n_windows = -(-n // 127)
+    flat = (vocab ** torch.rand(n_windows * 128, generator=generator)).long().clamp_max(vocab - 1).int().numpy()
+    place = np.arange(n_windows * 128)
+    kept = (place % 128 > 0).nonzero()[0][:n]
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder, Measured("features", 4.0) as memory:
+        file = Path(folder) / "rows.bin"
+        with file.open("wb") as out:
+            for part in torch.arange(n).split(50_000):
+                out.write(torch.randn(len(part), d_in, generator=generator).bfloat16().view(torch.int16).numpy().tobytes())
+        rows = harvest.Rows(
+            torch.from_file(str(file), size=n * d_in, dtype=torch.bfloat16).view(n, d_in), torch.from_numpy(flat[kept]), torch.from_numpy(kept // 128),
+            torch.from_numpy(kept % 128), harvest.Windows(flat, np.arange(n_windows + 1) * 128), torch.arange(n_windows), torch.ones(n, dtype=torch.bool), {}, Path(folder),
+        )  # fmt: skip
+        unit = torch.nn.functional.normalize(rows.activations[:256].float(), dim=1)
+        sae = sae_with_l0(d_in, d_sae, 50, unit)
+        found = memory.during(f"contexts, {n:,} rows", lambda: features.contexts(sae, rows.activations, torch.arange(n), rows.window))
+        shown = torch.cat([found["top_rows"], found["decile_rows"][:, :, 0]], dim=1)
+        latent, at = (shown >= 0).nonzero(as_tuple=True)
+        near = memory.during("tokens and activations around them", lambda: features.surroundings(sae, rows, latent, shown[latent, at]))
+        for name, values, kind in zip(("tokens", "acts"), near, (torch.int32, torch.float16), strict=True):
+            found[name] = torch.full((*shown.shape, values.shape[1]), -1 if name == "tokens" else 0, dtype=kind)
+            found[name][latent, at] = values
+        highest = found["top_values"][:, 0]
+        found |= memory.during("shares", lambda: features.shares(found, rows, words.__getitem__, highest))
+        nearest = memory.during("similar directions", lambda: features.similar_directions(sae.W_dec))
+        found |= {"nearest": nearest[0], "nearest_cosine": nearest[1]}
+        for name in ("promoted", "suppressed"):
+            found[name] = torch.randint(vocab, (d_sae, 10), generator=generator)
+        page = ROOT / "runs" / "bench-features" / "features.html"
+        density = torch.where(highest > 0, 50 / d_sae, 0)
+        memory.during("page", lambda: features.write_page(page, f"{d_sae:,} latents", found, density, highest, words.__getitem__, {}))
+    table("GB of anonymous memory above the start (other: the limit), seconds", memory.rows)
+    print(f"page: {page.stat().st_size / 1e6:.1f} MB for {int((highest > 0).sum()):,} latents")
+    return memory.rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -369,7 +432,7 @@ def bench_peers(rounds: int, quick: bool) -> list[dict]:
     return rows
 
 
-PARTS = {"harvest": bench_harvest, "memory": bench_memory, "training": bench_training, "peers": bench_peers}
+PARTS = {"harvest": bench_harvest, "memory": bench_memory, "features": bench_features, "training": bench_training, "peers": bench_peers}
 
 
 def main() -> None:

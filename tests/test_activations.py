@@ -446,11 +446,13 @@ def test_a_tokenizer_without_padding_will_do(folder, model):
 def test_spectrum_against_float64(fresh_seed):
     x = torch.randn(500, 12) * torch.rand(12) * 5 + 100
     index = torch.randperm(500)[:400]
-    variances, rank = harvest.spectrum(x, index)
+    variances, rank, components = harvest.spectrum(x, index)
     expected = np.cov(x[index].double().numpy().T, bias=True)
     share = np.linalg.eigvalsh(expected) / np.trace(expected)
     np.testing.assert_allclose(variances, np.sort(np.diag(expected))[::-1])
     assert rank == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+    torch.testing.assert_close(components @ components.T, torch.eye(12), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.diag(components.double() @ expected @ components.double().T.numpy()), np.linalg.eigvalsh(expected)[::-1], rtol=1e-4)
     one_direction = torch.randn(300, 1) * torch.randn(1, 12)
     assert harvest.spectrum(one_direction, torch.arange(300))[1] == pytest.approx(1, abs=1e-4)
 

@@ -1,0 +1,256 @@
+"""Does the model still work on what the SAE makes of its activations? Beside baselines that know nothing.
+
+Sums are kept for each document, so that a figure is a ratio of sums over documents and its interval
+comes from drawing documents again (bootstrap): tokens of one document are much alike, so an interval
+that took them for independent would be far too narrow.
+"""
+
+import hashlib
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sae_utils
+
+ROW_SUMS = ("rows", "error", "distance", "cosine", "norm_ratio", "active")
+TEXT_SUMS = ("ce", "kl", "top1_changed")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is put in the activation's place
+# ---------------------------------------------------------------------------------------------
+
+
+def through_sae(sae: sae_utils.SAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_hat (…, d_in) in the model's units, active latents (…)) of raw activations."""
+    x_unit, norm = sae.normalise(x)
+    acts = sae.encode_unit(x_unit)
+    return sae.denormalise(sae.decode_unit(acts), norm), (acts > 0).sum(-1)
+
+
+def through_components(mean: Tensor, components: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `through_sae`, from the rows of `components` (k, d_in), which are orthonormal."""
+    projected = (x.float() - mean) @ components.T
+    return projected @ components + mean, torch.full(x.shape[:-1], len(components), device=x.device)
+
+
+@torch.no_grad()
+def untrained(sae: sae_utils.SAE, activations: Tensor, index: Tensor, l0: float, seed: int, most: int = 4096) -> sae_utils.SAE:
+    """An SAE of the same shape with random directions, whose threshold leaves as many latents active
+    and whose decoder is scaled to fit the rows `index` (at most `most` of them) best."""
+    fresh = sae_utils.SAE(sae.d_in, sae.d_sae, seed=seed, architecture="batchtopk", norm_scale=sae.norm_scale).requires_grad_(False)
+    fresh.mean.copy_(sae.mean)
+    fresh.to(sae.W_enc.device)
+    x_unit, _ = fresh.normalise(activations[index[:: -(-len(index) // most)]].to(sae.W_enc.device))
+    pre_acts = x_unit @ fresh.W_enc
+    kept = min(max(1, round(l0 * len(x_unit))), pre_acts.numel() - 1)
+    fresh.threshold.fill_(pre_acts.flatten().kthvalue(pre_acts.numel() - kept).values.item()).clamp_(min=0)
+    x_unit_hat = fresh.decode_unit(fresh.encode_unit(x_unit))
+    fresh.W_dec *= (x_unit * x_unit_hat).sum() / x_unit_hat.square().sum().clamp_min(1e-12)
+    return fresh
+
+
+# ---------------------------------------------------------------------------------------------
+# Sums over rows, sums over text
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def row_sums(through, activations: Tensor, index: Tensor, document: Tensor, chunk: int = 4096, device: str = "cpu", mean: Tensor | None = None) -> Tensor:
+    """(documents, 6) float64, the columns ROW_SUMS, over the rows `index`; `document` (N,) of every row.
+
+    error: ‖x - x_hat‖²; distance: ‖x - m‖², m being these rows' mean; cosine of, and ratio of the norms
+    of, x_hat - mean and x - mean. Both are taken from the training mean `mean`: a large common offset
+    would make any reconstruction look right.
+    """
+    total, origin = torch.zeros(activations.shape[1], dtype=torch.float64), torch.zeros(()) if mean is None else mean.cpu()
+    for part in index.split(65536):
+        total += (activations[part].float() - origin).double().sum(0)
+    own_mean = total / len(index)  # of x - origin, which is near it, so that nothing is lost below
+    documents, place = document[index].unique(return_inverse=True)
+    sums = torch.zeros(len(documents), len(ROW_SUMS), dtype=torch.float64)
+    for part, at in zip(index.split(chunk), place.split(chunk), strict=True):
+        x = activations[part].to(device).float()
+        x_hat, active = through(x)
+        centred, centred_hat = ((v - origin.to(device)).cpu().double() for v in (x, x_hat))
+        norm, norm_hat = centred.norm(dim=1), centred_hat.norm(dim=1)
+        values = [
+            torch.ones(len(part)), (x - x_hat).cpu().double().square().sum(1), (centred - own_mean).square().sum(1),
+            (centred * centred_hat).sum(1) / (norm * norm_hat).clamp_min(1e-30), norm_hat / norm.clamp_min(1e-30), active.cpu(),
+        ]  # fmt: skip
+        sums.index_add_(0, at, torch.stack([v.double() for v in values], 1))
+    return sums
+
+
+def arms(model, tokenizer, hook_name: str, windows: list[list[int]], mean: Tensor, **through) -> dict:
+    """What is done to the model, by name: (module, edit of its output), or None for the model as it is.
+
+    clean; each of `through` (x -> (x_hat, active)) in the activation's place; zero; mean (d_in); and,
+    where a norm follows the hook inside the layer, mean_post_norm: its mean output in its output's place.
+    """
+
+    def replaced(function, x):
+        return function(x)[0].to(x.dtype)
+
+    done = {"clean": None} | {name: (hook_name, partial(replaced, function)) for name, function in through.items()}
+    done |= {"zero": (hook_name, torch.zeros_like), "mean": (hook_name, lambda x: mean.to(x).expand_as(x))}
+    after = sae_utils.post_norm_name(model, hook_name)
+    if after:
+        after_mean = mean_output(model, after, windows, tokenizer)
+        done["mean_post_norm"] = (after, lambda x: after_mean.to(x).expand_as(x))
+    return done
+
+
+def digest(sae: sae_utils.SAE) -> str:
+    """A digest of everything that the SAE computes with."""
+    total = hashlib.sha256(repr((sae.architecture, sae.k, sae.norm_scale, sae.apply_b_dec_to_input)).encode())
+    for tensor in (sae.mean, *sae.state_dict().values()):
+        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+@torch.inference_mode()
+def text_sums(model, tokenizer, arms: dict, windows: list[list[int]], keep: Path | None = None, key: str = "", minutes: float = 2.0) -> tuple[Tensor, Tensor]:
+    """(sums (windows, arms, 3) float64, the columns TEXT_SUMS; predicted tokens (windows)).
+
+    ce: next-token cross-entropy in nats; kl: KL(clean ‖ arm); top1_changed: tokens whose most probable
+    next token is another one. BOS and special positions keep their activation in every arm.
+    With `keep`, what is done so far is written there every few minutes, and gone on with if `key` and
+    the windows are the same.
+    """
+    sums, tokens = torch.zeros(len(windows), len(arms), len(TEXT_SUMS), dtype=torch.float64), torch.zeros(len(windows), dtype=torch.float64)
+    key = hashlib.sha256(repr((key, list(arms), windows)).encode()).hexdigest()
+    done, due, told = 0, sae_utils.Every(60 * minutes), sae_utils.Every(10, longest=60)
+    if keep and keep.exists():
+        before = np.load(keep)
+        if str(before["key"]) == key:
+            done, sums, tokens = int(before["done"]), torch.from_numpy(before["sums"]), torch.from_numpy(before["tokens"])
+            print(f"going on after {done:,} of {len(windows):,} windows")
+    for batch in sae_utils.batches(windows[done:], model):
+        ids, mask = sae_utils.pad(batch, device=model.device)
+        predicted = mask[:, 1:].bool()
+        owner = predicted.nonzero()[:, 0]
+        for a, arm in enumerate(arms.values()):
+            with sae_utils.edit_output(model, *arm, tokenizer) if arm else nullcontext():
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logprobs = logits[:, :-1][predicted].float().log_softmax(-1)  # (tokens, d_vocab)
+            if a == 0:
+                clean, first = logprobs, logprobs.argmax(-1)
+            ce = -logprobs.gather(1, ids[:, 1:][predicted][:, None])[:, 0]
+            kl = (clean.exp() * (clean - logprobs)).sum(-1)
+            values = torch.stack([ce, kl, (logprobs.argmax(-1) != first).float()], 1)
+            sums[done : done + len(batch), a].index_add_(0, owner.cpu(), values.cpu().double())
+        tokens[done : done + len(batch)] = predicted.sum(1).cpu().double()
+        done += len(batch)
+        if keep and (due() or done == len(windows)):
+            with sae_utils.atomic(keep) as temporary, temporary.open("wb") as file:
+                np.savez(file, key=key, done=done, sums=sums, tokens=tokens)
+        if told():
+            print(f"{done:,} of {len(windows):,} windows")
+    return sums, tokens
+
+
+def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) -> Tensor:
+    """Mean output (d,) of a module over the text tokens of the windows, in float64 inside."""
+    total, count, special, bos = 0.0, 0, set(sae_utils.special_ids(tokenizer)), tokenizer.bos_token_id
+    for batch in sae_utils.batches(windows, model):
+        out = sae_utils.run_to_hook(model, module_name, *sae_utils.pad(batch, device=model.device))
+        for row, window in enumerate(batch):
+            kept = out[row, [i for i, token in enumerate(window) if token not in special and (i > 0 or bos is not None)]]
+            total, count = total + kept.cpu().double().sum(0), count + len(kept)
+    return (total / count).float()
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures and their intervals
+# ---------------------------------------------------------------------------------------------
+
+
+def recovered(clean: float, spliced: float, ablated: float) -> float | None:
+    """(ablated - spliced) / (ablated - clean); None where the layer matters less than 0.01 nats."""
+    return None if ablated - clean < 0.01 else (ablated - spliced) / (ablated - clean)
+
+
+def by_document(values: Tensor, document) -> Tensor:
+    """Sums of `values` (windows, …) over the windows of each document."""
+    documents, place = torch.as_tensor(document).unique(return_inverse=True)
+    return torch.zeros(len(documents), *values.shape[1:], dtype=values.dtype).index_add_(0, place, values)
+
+
+def redrawn(sums: Tensor, n: int, seed: int) -> Tensor:
+    """(1 + n, …): the totals of `sums` (documents, …), then those of n draws of as many documents, with replacement."""
+    documents = len(sums)
+    counts = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), size=n)
+    weights = torch.cat([torch.ones(1, documents, dtype=torch.float64), torch.from_numpy(counts).double()])
+    return (weights @ sums.reshape(documents, -1)).reshape(1 + n, *sums.shape[1:])
+
+
+def table(names: list[str], text: Tensor, tokens: Tensor, rows: dict[str, Tensor], n: int = 1000, seed: int = 0) -> dict[str, dict]:
+    """{arm: {figure: (value, low, high)}}, low and high bounding 95 % of the bootstrap over documents.
+
+    `text` (documents, arms, 3) and `tokens` (documents) as `text_sums` gives them, summed over each
+    document's windows; `rows` {arm: `row_sums`}. ce, ce_increase (over clean), kl and top1_changed are
+    means over tokens; ce_recovered and ce_recovered_mean as `recovered`, against zero and against the mean
+    (after the norm, where one follows); fvu, cosine, norm_ratio, l0 from the rows. None: it says nothing.
+    """
+    drawn = redrawn(torch.cat([text.flatten(1), tokens[:, None]], 1), n, seed)
+    means = (drawn[:, :-1] / drawn[:, -1:]).reshape(1 + n, len(names), len(TEXT_SUMS))
+    ce = {name: means[:, a, 0] for a, name in enumerate(names)}
+    result = {}
+    for a, name in enumerate(names):
+        figures = {"ce": ce[name]}
+        if name != "clean":
+            figures |= {"ce_increase": ce[name] - ce["clean"], "kl": means[:, a, 1], "top1_changed": means[:, a, 2]}
+        if name in rows:
+            for figure, anchor in (("ce_recovered", "zero"), ("ce_recovered_mean", "mean_post_norm" if "mean_post_norm" in names else "mean")):
+                gap = ce[anchor] - ce["clean"]
+                figures[figure] = None if gap[0] < 0.01 else (ce[anchor] - ce[name]) / gap.clamp_min(1e-9)
+            count, error, distance, cosine, norm_ratio, active = redrawn(rows[name], n, seed).unbind(1)
+            figures |= {
+                "fvu": error / distance if distance[0] > 0 else None, "cosine": cosine / count, "norm_ratio": norm_ratio / count, "l0": active / count,
+            }  # fmt: skip
+        result[name] = {
+            figure: None if values is None else tuple([values[0].item(), *values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()])
+            for figure, values in figures.items()
+        }
+    return result
+
+
+# What a person reads: the arms in words, and the figures with their names and formats.
+ARMS = {
+    "clean": "untouched", "sae": "this\nSAE", "pca": "PCA,\nsame L0", "untrained": "untrained,\nsame L0",
+    "mean_post_norm": "mean after\nthe norm", "mean": "mean", "zero": "zero",
+}  # fmt: skip
+FIGURES = {
+    "ce": ("CE (nats)", "{:.3f}"), "ce_increase": ("increase of CE", "{:+.3f}"), "kl": ("KL (nats)", "{:.4f}"),
+    "top1_changed": ("top-1 changed", "{:.1%}"), "ce_recovered": ("CE recovered, zero", "{:.3f}"), "ce_recovered_mean": ("CE recovered, mean", "{:.3f}"),
+    "fvu": ("FVU", "{:.4f}"), "cosine": ("cosine", "{:.3f}"), "norm_ratio": ("norm ratio", "{:.3f}"), "l0": ("L0", "{:.1f}"),
+}  # fmt: skip
+
+
+def cells(figures: dict[str, dict]) -> list[list[str]]:
+    """Lines of a table of `table`'s figures, the first its headings: arms beside each other; in each cell
+    the value and, on a second line, its interval."""
+
+    def cell(arm: str, figure: str) -> str:
+        if figure not in figures[arm]:
+            return ""
+        if figures[arm][figure] is None:
+            return "says nothing"
+        value, low, high = (FIGURES[figure][1].format(v) for v in figures[arm][figure])
+        return value if low == high == value else f"{value}\n{low} to {high}"
+
+    names = [arm for arm in ARMS if arm in figures]
+    return [["", *(ARMS[arm] for arm in names)], *([name, *(cell(arm, figure) for arm in names)] for figure, (name, _) in FIGURES.items())]
+
+
+def flat(figures: dict[str, dict]) -> dict:
+    """The SAE's figures under the names of metrics.json, without intervals."""
+    value = lambda arm, figure: figures[arm][figure][0] if figures[arm][figure] else None
+    names = {"clean": "ce_clean", "sae": "ce_spliced", "zero": "ce_zero", "mean": "ce_mean", "mean_post_norm": "ce_mean_post_norm"}
+    ces = {name: value(arm, "ce") for arm, name in names.items() if arm in figures}
+    return ces | {figure: value("sae", figure) for figure in ("kl", "top1_changed", "ce_recovered", "ce_recovered_mean", "cosine", "norm_ratio")}
