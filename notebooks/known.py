@@ -25,14 +25,14 @@ def read(folder: Path, rows, index: Tensor, as_text=None) -> tuple[list[dict], T
     """
     described = json.loads((folder / "variables.json").read_text())
     columns = np.load(folder / "variables.npz")
-    windows, owners = rows.windows, rows.window_document
-    lengths = np.diff(windows.starts) - 1  # without BOS
+    owners = np.asarray(rows.window_document)
+    lengths = np.diff(rows.windows.starts) - 1  # without BOS
     begun = lengths.cumsum() - lengths
-    first = np.searchsorted(owners, owners)  # each window's first window of the same document
-    before = begun - begun[first]
-    window, token_ids = np.asarray(rows.window[index]), rows.token_ids[index]
-    word = columns["offsets"][owners[window]] + before[window] + np.asarray(rows.position[index]) - 1
-    if owners.max() >= len(columns["offsets"]) - 1 or np.any(word >= columns["offsets"][owners[window] + 1]):
+    before = begun - begun[np.searchsorted(owners, owners)]  # words in earlier windows of the same document
+    window, token_ids, offsets = rows.window[index].numpy(), rows.token_ids[index], columns["offsets"]
+    fits = owners.max() < len(offsets) - 1
+    word = offsets[owners[window]] + before[window] + rows.position[index].numpy() - 1 if fits else 0
+    if not fits or np.any(word >= offsets[owners[window] + 1]):
         raise sae_utils.UserError(f"{sae_utils.show_path(folder)}: its variables are not those of the text; `make clean` and `make tiny-model` make both anew.")
     facts, columns_of = [], []
     for variable, about in described.items():

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,7 @@ import torch
 from bench import table
 
 import experiment
+import fidelity
 import harvest
 import sae_utils
 import training
@@ -78,8 +80,10 @@ def on_text(options, recipes: dict) -> list[dict]:
         sae = train(rows.activations, first, 8, options.steps, **recipe)
         seconds = time.perf_counter() - begin
         scores = sae_utils.score_rows(sae, rows.activations, other)
-        ces = sae_utils.cross_entropies(model, tokenizer, hook, sae, texts, mean)
-        results.append({"recipe": name, "fvu": scores["fvu"], "l0": scores["l0"], "dead": scores["dead"], "ce_recovered": ces["ce_recovered"], "seconds": seconds})
+        arms = fidelity.arms(model, tokenizer, hook, texts, mean, sae=partial(fidelity.through_sae, sae))
+        ce = (fidelity.text_sums(model, tokenizer, arms, texts)[0].sum(0)[:, 0] / sum(len(text) - 1 for text in texts)).tolist()
+        clean, spliced, zero = ce[:3]
+        results.append({"recipe": name, "fvu": scores["fvu"], "l0": scores["l0"], "dead": scores["dead"], "ce_recovered": fidelity.recovered(clean, spliced, zero), "seconds": seconds})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
     return results
 

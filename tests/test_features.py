@@ -57,7 +57,10 @@ def test_contexts_are_those_of_a_full_search(rows, sparse_sae, block):
                 if tenth:
                     inside = acts[drawn, latent]
                     assert inside.min() >= acts[tenth, latent].min() - 1e-5 and inside.max() <= acts[tenth, latent].max() + 1e-5
-    assert (found["top_rows"][5] == -1).all() and (found["decile_rows"][5] == -1).all()
+            assert sorted(row for row in found["drawn_rows"][latent].tolist() if row >= 0) == sorted(firing.tolist())
+        drawn = found["drawn_rows"][latent]
+        torch.testing.assert_close(found["drawn_values"][latent][drawn >= 0], acts[drawn[drawn >= 0], latent], rtol=1e-4, atol=1e-6)
+    assert all((found[name][5] == -1).all() for name in ("top_rows", "decile_rows", "drawn_rows"))
 
 
 def test_entries_drawn_are_an_even_sample(fresh_seed):
@@ -124,8 +127,12 @@ def hostile_page(tmp_path, d_sae=30):
     tokens = torch.randint(len(HOSTILE), shape, generator=generator, dtype=torch.int32)
     tokens[:, :, 0] = -1
     found = {"tokens": tokens, "acts": torch.rand(shape, generator=generator).half()}
-    for name in ("promoted", "suppressed"):
-        found[name] = torch.randint(len(HOSTILE), (d_sae, 10), generator=generator, dtype=torch.int32)
+    for name, n in (("promoted", 10), ("suppressed", 10), ("fired_tokens", 5)):
+        found[name] = torch.randint(len(HOSTILE), (d_sae, n), generator=generator, dtype=torch.int32)
+    for name, n in (("fired_tokens_share", 5), ("fired_classes", 5), ("fired_positions", 8), ("histogram", 20)):
+        found[name] = torch.rand(d_sae, n, generator=generator)
+    found |= {"base_classes": torch.rand(5, generator=generator), "base_positions": torch.rand(8, generator=generator)}
+    found |= {"nearest": torch.randint(d_sae, (d_sae,), generator=generator), "nearest_cosine": torch.rand(d_sae, generator=generator)}
     density = torch.rand(d_sae, generator=generator)
     density[3] = 0
     path = tmp_path / "features.html"
@@ -142,13 +149,26 @@ def test_tokens_cannot_break_out_of_the_page(tmp_path):
     assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", text)  # nothing is fetched
     data = page_data(path)
     assert set(data["words"]) == {"", *HOSTILE} and data["labels"] == {"7": "<i>label</i>"} and data["n"] == 29
-    unpack = lambda name, kind: np.frombuffer(gzip.decompress(base64.b64decode(data[name])), kind)
+    unpack = lambda name, kind: np.frombuffer(gzip.decompress(base64.b64decode(data["arrays"][name])), kind)
     live = [i for i in range(30) if i != 3]
     assert unpack("latents", np.uint32).tolist() == live
     words = np.array(data["words"], dtype=object)[unpack("tokens", np.uint16)].reshape(29, 20, 17)
     assert words[4, 5, 6] == HOSTILE[found["tokens"][live[4], 5, 6]] and words[0, 0, 0] == ""
     shades = unpack("shades", np.uint8).reshape(29, 20, 17)
     np.testing.assert_allclose(shades[8, 2, 3], 255 * found["acts"][live[8], 2, 3].item(), atol=0.51)
+    fired = np.array(data["words"], dtype=object)[unpack("fired_tokens", np.uint16)].reshape(29, 5)
+    assert fired[11, 2] == HOSTILE[found["fired_tokens"][live[11], 2]]
+    np.testing.assert_allclose(unpack("fired_classes", np.uint8).reshape(29, 5)[6] / 255, found["fired_classes"][live[6]], atol=0.0025)
+    assert unpack("nearest", np.uint32).tolist() == found["nearest"][live].tolist()
+
+
+def test_tokens_cannot_break_out_of_a_cell(tmp_path):
+    _, found, density = hostile_page(tmp_path)
+    saved = {name: np.asarray(value) for name, value in found.items()} | {"density": np.asarray(density), "max_act": np.ones(30)}
+    for latent in (0, 9, 20):
+        text = features.card(saved, latent, HOSTILE.__getitem__, "<i>label</i>")
+        assert "<script" not in text and "<i>label" not in text and "&lt;i&gt;label" in text
+        assert set(re.findall(r"</?([a-z]+)", text)) <= {"b", "br", "span", "i", "code"}
 
 
 def test_labels_are_read_and_a_wrong_line_is_named(tmp_path):
@@ -159,3 +179,77 @@ def test_labels_are_read_and_a_wrong_line_is_named(tmp_path):
     file.write_text("3,colours\nseven,x\n")
     with pytest.raises(u.UserError, match="labels.csv, line 2: a line is a latent's number"):
         features.read_labels(file)
+
+
+def test_shares_by_brute_force(rows, sparse_sae, tokenizer):
+    pieces = [" Ab", "x1", " ,", "ing", " word", "…", " 7", " É"]
+    as_text = lambda token: pieces[token % len(pieces)]
+    document = rows.window_document[rows.window]
+    found = features.contexts(sparse_sae, rows.activations, torch.arange(len(rows)), document)
+    got = features.shares(found, rows, as_text, found["top_values"][:, 0])
+    acts = sparse_sae.encode(rows.activations)
+    digit, capital, punctuation = {"x1", " 7"}, {" Ab", " É"}, {" ,", "…"}
+    word_start, in_word = {" Ab", " word", " É"}, {"x1", "ing"}
+    for latent in range(48):
+        firing = (acts[:, latent] > 0).nonzero().flatten()
+        if 0 < len(firing) <= 256:  # then the sample is all of them
+            tokens = [as_text(t) for t in rows.token_ids[firing].tolist()]
+            expected = [sum(t in group for t in tokens) / len(tokens) for group in (digit, capital, punctuation, word_start, in_word)]
+            assert got["fired_classes"][latent].tolist() == pytest.approx(expected)
+            ids, n = rows.token_ids[firing].unique(return_counts=True)
+            assert got["fired_tokens_share"][latent, 0].item() == pytest.approx((n.max() / len(firing)).item())
+            mine = got["fired_tokens"][latent, 0]
+            assert n[(ids == mine).nonzero()].item() == n.max()
+            edges = [*features.POSITIONS, 10**9]
+            positions = rows.position[firing]
+            groups = [((positions >= a) & (positions < b)).float().mean().item() for a, b in zip(edges[:-1], edges[1:], strict=True)]
+            assert got["fired_positions"][latent].tolist() == pytest.approx(groups, abs=1e-6)
+            bins, _ = np.histogram(acts[firing, latent].double(), bins=20, range=(0, found["top_values"][latent, 0].item()))
+            np.testing.assert_allclose(got["histogram"][latent].numpy() * len(firing), bins, atol=1.01)  # a value on a bin's edge
+            assert got["histogram"][latent].sum().item() == pytest.approx(1)
+    everything = [as_text(t) for t in rows.token_ids.tolist()]
+    assert got["base_classes"][0].item() == pytest.approx(sum(t in digit for t in everything) / len(rows), abs=1e-5)
+    assert got["base_positions"].sum().item() == pytest.approx(1, abs=1e-5) and got["fired_tokens"][5].tolist() == [-1] * 5
+
+
+def test_nearly_equal_directions_are_listed():
+    W_dec = torch.nn.functional.normalize(torch.randn(60, 24), dim=1)
+    W_dec[40] = torch.nn.functional.normalize(W_dec[7] + 0.03 * torch.randn(24), dim=0) * 2.5  # a foreign SAE's rows need not be of norm 1
+    nearest, cosine, pairs = features.similar_directions(W_dec, chunk=17)
+    unit = torch.nn.functional.normalize(W_dec.double(), dim=1)
+    full = (unit @ unit.T).fill_diagonal_(-2)
+    torch.testing.assert_close(cosine.double(), full.max(1).values, rtol=0, atol=1e-5)
+    assert torch.equal(nearest, full.argmax(1)) and nearest[7] == 40
+    expected = [(i, j) for i in range(60) for j in range(i + 1, 60) if full[i, j] > 0.9]
+    assert [(i, j) for i, j, _ in pairs] == sorted(expected, key=lambda p: -full[p]) and (7, 40) in expected
+
+
+def test_measured_effect_against_an_ablation_by_hand(rows, sparse_sae, model, tokenizer):
+    acts = sparse_sae.encode(rows.activations)
+    latent = int((acts > 0).sum(0).argmax())
+    places = (acts[:, latent] > 0).nonzero().flatten()[:7]
+    got = features.measured_effect(model, tokenizer, HOOK, sparse_sae, latent, rows, places, k=24)
+    changes, clean_p, ablated_p, kls = [], [], [], []
+    for row in places.tolist():
+        ids = torch.tensor([rows.windows[rows.window[row]][: rows.position[row] + 1]])
+        clean = model(ids).logits[0, -1].double().log_softmax(-1)
+
+        def off(module, args, out):
+            x = out[0, 1:]  # all but BOS
+            norm = (x - sparse_sae.mean).norm(dim=1, keepdim=True)
+            return torch.cat([out[0, :1], x - sparse_sae.encode(x)[:, latent, None] * sparse_sae.W_dec[latent] * norm])[None]
+
+        handle = model.get_submodule(HOOK).register_forward_hook(off)
+        ablated = model(ids).logits[0, -1].double().log_softmax(-1)
+        handle.remove()
+        changes.append(ablated - clean)
+        clean_p.append(clean.exp())
+        ablated_p.append(ablated.exp())
+        kls.append((clean.exp() * (clean - ablated)).sum())
+    change = torch.stack(changes).mean(0)
+    likely = torch.maximum(torch.stack(clean_p).mean(0), torch.stack(ablated_p).mean(0)) > 1e-3
+    assert got["places"] == 7 and got["kl"] == pytest.approx(torch.stack(kls).mean().item(), rel=1e-3)
+    for token, value in got["falls"] + got["rises"]:
+        assert value == pytest.approx(change[token].item(), abs=1e-3) and likely[token]
+    assert {t for t, _ in got["falls"] + got["rises"]} == set(likely.nonzero().flatten().tolist())
+    assert [v for _, v in got["falls"]] == sorted(v for _, v in got["falls"]) and got["falls"][0][1] < 0 < got["rises"][0][1]

@@ -1,12 +1,8 @@
 """Every metric against a value worked out by hand or in float64."""
 
-import math
-
 import pytest
 import torch
-from conftest import HOOK, gemma, sentences, word_tokenizer
 
-import harvest
 import sae_utils as u
 import training
 
@@ -72,79 +68,3 @@ def test_mse_agrees_with_the_training_loss(sae):
     now = trainer.read()
     for name in ("mse", "l1", "l0"):
         assert got[name] == pytest.approx(now[name], rel=1e-5)
-
-
-@pytest.fixture
-def windows(tokenizer, fresh_seed):
-    tokens, _ = harvest.cut_windows(tokenizer, sentences(40, seed=fresh_seed), 24, 10**6)
-    return list(harvest.Windows(tokens["flat"], tokens["starts"]))
-
-
-def ce_by_hand(model, tokenizer, windows, module, change):
-    """One window at a time, the change written into a hook by position."""
-    total, count, logprobs = 0.0, 0, []
-    for window in windows:
-        keep = torch.tensor([t in u.special_ids(tokenizer) for t in window])[:, None]
-        hook = model.get_submodule(module).register_forward_hook(lambda m, a, out, keep=keep: torch.where(keep, out, change(out)))
-        logits = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(-1)
-        hook.remove()
-        total -= logits.gather(1, torch.tensor(window[1:])[:, None]).sum().item()
-        count += len(window) - 1
-        logprobs.append(logits)
-    return total / count, torch.cat(logprobs)
-
-
-def test_cross_entropies_against_one_window_at_a_time(model, tokenizer, sae, windows):
-    mean = torch.randn(16)
-    got = u.cross_entropies(model, tokenizer, HOOK, sae, windows, mean)
-    clean, p = ce_by_hand(model, tokenizer, windows, HOOK, lambda x: x)
-    spliced, q = ce_by_hand(model, tokenizer, windows, HOOK, sae)
-    assert got["ce_clean"] == pytest.approx(clean, rel=1e-5) and got["ce_spliced"] == pytest.approx(spliced, rel=1e-5)
-    zeroed, z = ce_by_hand(model, tokenizer, windows, HOOK, torch.zeros_like)
-    assert got["ce_zero"] == pytest.approx(zeroed, rel=1e-5)
-    assert got["ce_mean"] == pytest.approx(ce_by_hand(model, tokenizer, windows, HOOK, mean.expand_as)[0], rel=1e-5)
-    assert got["kl"] == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
-    assert got["ce_tokens"] == sum(len(w) - 1 for w in windows)
-    assert (p - q).abs().max() > 0.01 and (p - z).abs().max() > 0.01  # the arms do differ
-
-
-def test_mean_ablation_after_the_norm(model, tokenizer, sae, windows):
-    norm = "model.layers.1.post_feedforward_layernorm"
-    assert u.post_norm_name(model, HOOK) == norm
-    outputs = []
-    for window in windows:
-        outputs.append(u.run_to_hook(model, norm, *u.pad([window]))[0, 1:].double())  # all but BOS
-    mean = torch.cat(outputs).mean(0)
-    torch.testing.assert_close(u.mean_output(model, norm, windows, tokenizer).double(), mean, rtol=1e-4, atol=1e-5)
-    got = u.cross_entropies(model, tokenizer, HOOK, sae, windows, torch.zeros(16))
-    by_hand = ce_by_hand(model, tokenizer, windows, norm, lambda x: mean.float().expand_as(x))[0]
-    assert got["ce_mean_post_norm"] == pytest.approx(by_hand, rel=1e-4)
-    assert got["ce_recovered_mean"] == u.recovered(got["ce_clean"], got["ce_spliced"], got["ce_mean_post_norm"])
-
-
-def test_perfect_sae_recovers_everything(model, tokenizer, windows):
-    perfect = u.SAE(16, 32)
-    with torch.no_grad():
-        perfect.W_enc.copy_(torch.cat([torch.eye(16), -torch.eye(16)], 1))
-        perfect.W_dec.copy_(perfect.W_enc.T)
-    got = u.cross_entropies(model, tokenizer, HOOK, perfect, windows, torch.zeros(16))
-    assert got["ce_spliced"] == pytest.approx(got["ce_clean"], abs=1e-4) and got["kl"] == pytest.approx(0, abs=1e-4)
-
-
-def test_without_bos_the_first_token_is_left_alone(sae, fresh_seed):
-    tokenizer, model = word_tokenizer(with_bos=False), gemma()
-    ids = torch.tensor([[5, 6, 7, 8]])
-    before = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
-    with u.edit_output(model, HOOK, torch.zeros_like, tokenizer):
-        after = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
-    assert torch.equal(after[:, 0], before[:, 0]) and not after[:, 1:].any() and before[:, 1:].all()
-    tokens, _ = harvest.cut_windows(tokenizer, sentences(10, seed=fresh_seed), 12, 10**6)
-    windows = list(harvest.Windows(tokens["flat"], tokens["starts"]))
-    kept = torch.cat([u.run_to_hook(model, HOOK, *u.pad([w]))[0, 1:] for w in windows])
-    torch.testing.assert_close(u.mean_output(model, HOOK, windows, tokenizer), kept.mean(0), rtol=1e-3, atol=1e-5)
-
-
-def test_recovered_by_hand():
-    assert u.recovered(2.0, 2.25, 3.0) == pytest.approx(0.75)
-    assert u.recovered(2.0, 2.25, 2.009) is None and u.recovered(2.0, 2.5, 1.5) is None
-    assert math.isclose(u.recovered(1.0, 1.0, 4.0), 1.0)

@@ -99,11 +99,44 @@ def test_the_tiny_model_has_learnt_its_world(tiny):
 
 def test_training_reaches_its_numbers(run):
     metrics = read(run / "metrics.json")
-    assert metrics["ce_recovered"] > 0.95 and metrics["fvu"] < 0.08 and 3 < metrics["l0"] < 25 and metrics["dead"] < 0.1
+    assert metrics["ce_recovered"] > 0.98 and metrics["fvu"] < 0.02 and 6 < metrics["l0"] < 8 and metrics["dead"] < 0.15
     assert metrics["ce_zero"] - metrics["ce_clean"] > 0.3, "where the layer hardly matters ce_recovered says nothing"
     assert metrics["ce_clean"] < metrics["ce_spliced"] < metrics["ce_zero"] and metrics["kl"] > 0
-    assert metrics["rows"] == 300_000 == metrics["train_rows"] + metrics["held_out_rows"] and metrics["notices"] == []
+    assert metrics["rows"] == 900_000 == metrics["train_rows"] + metrics["held_out_rows"] and metrics["notices"] == []
     assert abs(metrics["fvu"] - metrics["train_fvu"]) < 0.02
+
+
+def test_the_sae_is_better_than_what_knows_nothing(run):
+    figures = read(run / "metrics.json")["fidelity"]
+    for baseline in ("pca", "untrained"):
+        for figure, better in (("ce_increase", -1), ("kl", -1), ("top1_changed", -1), ("fvu", -1), ("ce_recovered", 1), ("cosine", 1)):
+            mine, theirs = figures["sae"][figure], figures[baseline][figure]
+            assert better * (mine[0] - theirs[0]) > 0 and (mine[1] > theirs[2] or mine[2] < theirs[1]), (baseline, figure)  # intervals apart
+        assert abs(figures[baseline]["l0"][0] - figures["sae"]["l0"][0]) < 0.6
+    for arm in figures.values():
+        for value, low, high in filter(None, arm.values()):
+            assert low <= value <= high
+
+
+def test_latents_match_variables_that_nothing_shows(run):
+    metrics = read(run / "metrics.json")
+    known = metrics["known"]
+    assert known["hidden"] >= 88 and known["found"]["trained"] >= 25
+    assert known["found"]["untrained"] < 8 and known["found"]["pca"] < 8
+    assert any(row["members_f1"] > row["class_f1"] + 0.2 for row in known["splits"])  # one latent for each colour, none for colours
+    assert str(known["found"]["trained"]) in metrics["findings"][-1]
+
+
+def test_what_is_said_of_latents_holds(run):
+    sae, metrics, found = u.SAE.load(run / "sae.pth"), read(run / "metrics.json"), np.load(run / "features.npz")
+    assert metrics["latents"]["dead"] == (sae.density == 0).nonzero().flatten().tolist()
+    assert metrics["latents"]["ultra_dense"] == (sae.density > 0.1).nonzero().flatten().tolist()
+    for name in ("density", "max_act", "mean_act", "nearest", "histogram", "fired_tokens", "fired_classes", "promoted", "decile_rows"):
+        assert len(found[name]) == 512, name
+    live = sae.density.numpy() > 0
+    assert (found["mean_act"][live] > 0).all() and (found["mean_act"] <= found["max_act"] + 1e-6).all()
+    assert len(metrics["effects"]) == 20 and sum(effect["kl"] for effect in metrics["effects"].values()) > 0.1
+    assert (run / "features.npz").stat().st_size < 2e6 and (run / "sae_training.ipynb").stat().st_size < 2e6
 
 
 def test_a_run_leaves_every_file(run):
@@ -119,14 +152,15 @@ def test_history_and_tensorboard_tell_the_same(run):
     history = list(csv.DictReader((run / "history.csv").open()))
     epochs = read(run / "params.json")["parameters"]["epochs"]
     assert [int(row["epoch"]) for row in history] == list(range(1, epochs + 1))
-    assert float(history[-1]["loss"]) < float(history[0]["loss"]) and float(history[-1]["l0"]) < float(history[0]["l0"])
-    for row in history:
-        weighted = float(row["mse"]) + read(run / "params.json")["parameters"]["l1_coeff"] * float(row["l1"])
-        assert float(row["loss"]) == pytest.approx(weighted, rel=1e-4)
+    assert float(history[-1]["loss"]) < float(history[0]["loss"]) and float(history[-1]["held_out_fvu"]) < float(history[0]["held_out_fvu"])
+    assert all(float(row["l0"]) == pytest.approx(7, abs=0.01) and row["loss"] == row["mse"] for row in history)  # no L1, no AuxK
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     for name in ("loss", "mse", "l1", "l0", "dead", "density_median", "newly_dead", "lr"):
         points = events.Scalars(f"epoch/{name}")
         assert [p.value for p in points] == pytest.approx([float(row[name]) for row in history], rel=1e-5)
+    texts = events.Tags()["tensors"]
+    assert {f"{name}/text_summary" for name in ("settings", "fidelity", "findings")} <= set(texts)
+    assert b"| architecture | batchtopk |" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
 
 
 def test_the_saved_sae_is_the_one_that_was_scored(run, tiny):
@@ -207,6 +241,8 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     assert re.fullmatch(r"stopped after epoch (\d+) of 30: .* for 2 epochs.", stopped) and metrics["epochs"] < 30
     assert f"only {metrics['held_out_rows']} rows are held out" in few_held_out
     assert f"holds {metrics['rows']:,} rows, fewer than the 1,000,000" in fewer
+    for row in csv.DictReader((run / "history.csv").open()):
+        assert float(row["loss"]) == pytest.approx(float(row["mse"]) + 3e-4 * float(row["l1"]), rel=1e-4)
     assert "far weaker than the reference's 0.35 (l1_coeff 0.022)" in weight and metrics["l1_weight"] == pytest.approx(3e-4 * 16)
     assert f"no room for the cosine in a run of {metrics['steps'] // metrics['epochs'] * 30} steps" in warm_up
     outputs = [out for cell in nbformat.read(run / "sae_training.ipynb", 4).cells for out in cell.get("outputs", [])]

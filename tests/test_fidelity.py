@@ -1,0 +1,209 @@
+"""Fidelity against one window at a time, sums against float64, intervals against draws by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import HOOK, gemma, sentences, word_tokenizer
+
+import fidelity
+import harvest
+import sae_utils as u
+
+
+@pytest.fixture
+def windows(tokenizer, fresh_seed):
+    tokens, _ = harvest.cut_windows(tokenizer, sentences(40, seed=fresh_seed), 24, 10**6)
+    return list(harvest.Windows(tokens["flat"], tokens["starts"]))
+
+
+def by_hand(model, tokenizer, windows, module, change):
+    """(CE, log-probabilities) one window at a time, the change written into a hook by position."""
+    total, count, logprobs = 0.0, 0, []
+    for window in windows:
+        keep = torch.tensor([t in u.special_ids(tokenizer) for t in window])[:, None]
+        hook = model.get_submodule(module).register_forward_hook(lambda m, a, out, keep=keep: torch.where(keep, out, change(out)))
+        logits = model(torch.tensor([window])).logits[0, :-1].double().log_softmax(-1)
+        hook.remove()
+        total -= logits.gather(1, torch.tensor(window[1:])[:, None]).sum().item()
+        count += len(window) - 1
+        logprobs.append(logits)
+    return total / count, torch.cat(logprobs)
+
+
+def through(sae):
+    return {"sae": lambda x: fidelity.through_sae(sae, x)}
+
+
+def measured(model, tokenizer, sae, windows, mean, document=None):
+    arms = fidelity.arms(model, tokenizer, HOOK, windows, mean, **through(sae))
+    sums, tokens = fidelity.text_sums(model, tokenizer, arms, windows)
+    document = torch.arange(len(windows)) if document is None else document
+    x = torch.randn(200, 16)
+    rows = {"sae": fidelity.row_sums(through(sae)["sae"], x, torch.arange(200), torch.arange(200) // 7)}
+    return fidelity.table(list(arms), fidelity.by_document(sums, document), fidelity.by_document(tokens, document), rows, n=200), tokens
+
+
+def test_cross_entropies_against_one_window_at_a_time(model, tokenizer, sae, windows):
+    mean = torch.randn(16)
+    table, tokens = measured(model, tokenizer, sae, windows, mean)
+    clean, p = by_hand(model, tokenizer, windows, HOOK, lambda x: x)
+    for arm, change in (("sae", sae), ("zero", torch.zeros_like), ("mean", mean.expand_as)):
+        ce, q = by_hand(model, tokenizer, windows, HOOK, change)
+        assert table[arm]["ce"][0] == pytest.approx(ce, rel=1e-5) and table[arm]["ce_increase"][0] == pytest.approx(ce - clean, abs=1e-5)
+        assert table[arm]["kl"][0] == pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-4)
+        assert table[arm]["top1_changed"][0] == pytest.approx((p.argmax(1) != q.argmax(1)).double().mean().item(), abs=2e-3)
+        assert (p - q).abs().max() > 0.01  # the arms do differ
+    assert table["clean"]["ce"][0] == pytest.approx(clean, rel=1e-5)
+    assert tokens.tolist() == [len(w) - 1 for w in windows]
+    flat = fidelity.flat(table)
+    assert flat["ce_spliced"] == table["sae"]["ce"][0] and flat["ce_zero"] == table["zero"]["ce"][0] and flat["kl"] == table["sae"]["kl"][0]
+
+
+def test_mean_ablation_after_the_norm(model, tokenizer, sae, windows):
+    norm = "model.layers.1.post_feedforward_layernorm"
+    assert u.post_norm_name(model, HOOK) == norm
+    mean = torch.cat([u.run_to_hook(model, norm, *u.pad([window]))[0, 1:].double() for window in windows]).mean(0)  # all but BOS
+    torch.testing.assert_close(fidelity.mean_output(model, norm, windows, tokenizer).double(), mean, rtol=1e-4, atol=1e-5)
+    table, _ = measured(model, tokenizer, sae, windows, torch.zeros(16))
+    assert table["mean_post_norm"]["ce"][0] == pytest.approx(by_hand(model, tokenizer, windows, norm, lambda x: mean.float().expand_as(x))[0], rel=1e-4)
+    ce = {arm: table[arm]["ce"][0] for arm in table}
+    for figure, anchor in (("ce_recovered", "zero"), ("ce_recovered_mean", "mean_post_norm")):
+        expected, got = fidelity.recovered(ce["clean"], ce["sae"], ce[anchor]), table["sae"][figure]
+        assert got is None if expected is None else got[0] == pytest.approx(expected)
+
+
+def test_perfect_sae_recovers_everything(model, tokenizer, windows):
+    perfect = u.SAE(16, 32)
+    with torch.no_grad():
+        perfect.W_enc.copy_(torch.cat([torch.eye(16), -torch.eye(16)], 1))
+        perfect.W_dec.copy_(perfect.W_enc.T)
+    table, _ = measured(model, tokenizer, perfect.requires_grad_(False), windows, torch.zeros(16))
+    assert table["sae"]["ce_increase"][0] == pytest.approx(0, abs=1e-4) and table["sae"]["kl"][0] == pytest.approx(0, abs=1e-4)
+    assert table["sae"]["fvu"][0] == pytest.approx(0, abs=1e-9) and table["sae"]["cosine"][0] == pytest.approx(1) and table["sae"]["norm_ratio"][0] == pytest.approx(1)
+
+
+def test_without_bos_the_first_token_is_left_alone(sae, fresh_seed):
+    tokenizer, model = word_tokenizer(with_bos=False), gemma()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
+    with u.edit_output(model, HOOK, torch.zeros_like, tokenizer):
+        after = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
+    assert torch.equal(after[:, 0], before[:, 0]) and not after[:, 1:].any() and before[:, 1:].all()
+    tokens, _ = harvest.cut_windows(tokenizer, sentences(10, seed=fresh_seed), 12, 10**6)
+    windows = list(harvest.Windows(tokens["flat"], tokens["starts"]))
+    kept = torch.cat([u.run_to_hook(model, HOOK, *u.pad([w]))[0, 1:] for w in windows])
+    torch.testing.assert_close(fidelity.mean_output(model, HOOK, windows, tokenizer), kept.mean(0), rtol=1e-3, atol=1e-5)
+
+
+def test_a_measurement_that_was_stopped_goes_on_to_the_same_bits(model, tokenizer, sae, windows, tmp_path, monkeypatch):
+    monkeypatch.setattr(u, "batches", lambda windows, model, most=4: (windows[i : i + most] for i in range(0, len(windows), most)))
+    arms, keep = fidelity.arms(model, tokenizer, HOOK, windows, torch.zeros(16), **through(sae)), tmp_path / "fidelity.npz"
+    whole = fidelity.text_sums(model, tokenizer, arms, windows)
+    calls = 0
+
+    def fails(module, args):
+        nonlocal calls
+        calls += 1
+        if calls > 5 * len(arms):  # in the sixth batch
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(fails)
+    with pytest.raises(KeyboardInterrupt):
+        fidelity.text_sums(model, tokenizer, arms, windows, keep, "a", minutes=0)
+    handle.remove()
+    assert int(np.load(keep)["done"]) == 20
+    counted = []
+    handle = model.register_forward_pre_hook(lambda module, args: counted.append(1))
+    again = fidelity.text_sums(model, tokenizer, arms, windows, keep, "a", minutes=0)
+    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True)) and len(counted) == len(arms) * -(-(len(windows) - 20) // 4)
+    fidelity.text_sums(model, tokenizer, arms, windows, keep, "another SAE", minutes=0)  # nothing of the first is taken over
+    assert len(counted) == len(arms) * (-(-(len(windows) - 20) // 4) + -(-len(windows) // 4))
+    handle.remove()
+
+
+def test_the_digest_follows_every_number(sae):
+    before = fidelity.digest(sae)
+    assert fidelity.digest(sae) == before
+    sae.mean[3] += 1e-3
+    assert fidelity.digest(sae) != before
+
+
+def test_sums_over_rows_against_float64(sae):
+    x, document = torch.randn(500, 16) * 3 + 40, torch.arange(500) // 9
+    sae.mean.copy_(x.mean(0))
+    index = torch.randperm(500)[:333].sort().values
+    got = fidelity.row_sums(lambda x: fidelity.through_sae(sae, x), x, index, document, chunk=100, mean=sae.mean)
+    e, e_hat, own = x[index].double(), sae(x[index]).double(), x[index].double().mean(0)
+    centred, centred_hat = e - sae.mean, e_hat - sae.mean
+    per_row = torch.stack([
+        torch.ones(333), (e - e_hat).square().sum(1), (e - own).square().sum(1), torch.cosine_similarity(centred, centred_hat),
+        centred_hat.norm(dim=1) / centred.norm(dim=1), (sae.encode(x[index]) > 0).sum(1),
+    ], 1)  # fmt: skip
+    for row, d in zip(got, document[index].unique().tolist(), strict=True):
+        torch.testing.assert_close(row, per_row[document[index] == d].sum(0), rtol=1e-4, atol=1e-4)
+    fvu = got[:, 1].sum() / got[:, 2].sum()
+    assert fvu.item() == pytest.approx(u.score_rows(sae, x, index)["fvu"], rel=1e-5)
+
+
+def test_principal_components_leave_what_is_left(fresh_seed):
+    x = torch.randn(4000, 12) @ torch.randn(12, 12) + 7
+    _, _, components = harvest.spectrum(x, torch.arange(4000))
+    sums = fidelity.row_sums(lambda v: fidelity.through_components(x.mean(0), components[:5], v), x, torch.arange(4000), torch.arange(4000), mean=x.mean(0))
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.double().T)).flip(0)
+    assert (sums[:, 1].sum() / sums[:, 2].sum()).item() == pytest.approx((eigenvalues[5:].sum() / eigenvalues.sum()).item(), rel=1e-3)
+    assert (sums[:, 5] == 5).all()
+
+
+@pytest.mark.parametrize("norm_scale", [0.0, 4.0])
+def test_the_untrained_sae_has_the_l0_and_the_best_scale(norm_scale, sae):
+    sae.norm_scale = norm_scale
+    x = torch.randn(3000, 16) * 2 + sae.mean
+    fresh = fidelity.untrained(sae, x, torch.arange(3000), l0=7.3, seed=5)
+    acts = fresh.encode(x[:1500])
+    assert fresh.d_sae == sae.d_sae and (acts > 0).sum(1).float().mean().item() == pytest.approx(7.3, rel=0.03)
+    x_unit = fresh.normalise(x)[0]
+    error = lambda scale: (fresh.decode_unit(fresh.encode_unit(x_unit)) * scale - x_unit).square().sum()
+    assert error(1.0) < error(0.9) and error(1.0) < error(1.1)
+    assert not torch.equal(fresh.W_dec, sae.W_dec)
+
+
+def test_intervals_by_hand(fresh_seed):
+    sums = torch.rand(30, 2, dtype=torch.float64) + 0.5
+    drawn = fidelity.redrawn(sums, 4000, fresh_seed)
+    assert torch.allclose(drawn[0], sums.sum(0)) and (drawn[1:] != drawn[0]).any()
+    ratio = drawn[1:, 0] / drawn[1:, 1]
+    # the delta method's standard error of a ratio of sums
+    r = (sums[:, 0].sum() / sums[:, 1].sum()).item()
+    error = (sums[:, 0] - r * sums[:, 1]).std(correction=0).item() / math.sqrt(30) / sums[:, 1].mean().item()
+    assert ratio.std().item() == pytest.approx(error, rel=0.12) and ratio.mean().item() == pytest.approx(r, abs=4 * error / math.sqrt(30))
+    same = fidelity.redrawn(torch.ones(10, 1, dtype=torch.float64), 50, fresh_seed)
+    assert (same == 10).all()  # as many documents in every draw
+
+
+def test_documents_not_windows_are_drawn(model, tokenizer, sae, windows):
+    alone, _ = measured(model, tokenizer, sae, windows, torch.zeros(16))
+    together, _ = measured(model, tokenizer, sae, windows, torch.zeros(16), document=torch.zeros(len(windows), dtype=torch.long))
+    assert together["sae"]["ce"][0] == pytest.approx(alone["sae"]["ce"][0]) and len(set(together["sae"]["ce"])) == 1  # one document: no spread to see
+    value, low, high = alone["sae"]["ce"]
+    assert low < value < high
+
+
+def test_recovered_by_hand():
+    assert fidelity.recovered(2.0, 2.25, 3.0) == pytest.approx(0.75)
+    assert fidelity.recovered(2.0, 2.25, 2.009) is None and fidelity.recovered(2.0, 2.5, 1.5) is None
+    assert math.isclose(fidelity.recovered(1.0, 1.0, 4.0), 1.0)
+
+
+def test_a_ratio_that_says_nothing_is_said_so():
+    sums = torch.zeros(4, 3, 3, dtype=torch.float64)
+    sums[:, :, 0] = torch.tensor([2.0, 2.3, 2.001])  # clean, sae, zero
+    rows = {"sae": torch.ones(4, 6, dtype=torch.float64)}
+    names = ["clean", "sae", "zero", "mean"]
+    sums = torch.cat([sums, sums[:, 2:]], 1)
+    table = fidelity.table(names, sums, torch.ones(4, dtype=torch.float64), rows, n=20)
+    assert table["sae"]["ce_recovered"] is None and table["sae"]["ce_increase"][0] == pytest.approx(0.3)
+    lines = fidelity.cells(table)
+    assert lines[0] == ["", "untouched", "this\nSAE", "mean", "zero"]
+    assert ["CE recovered, zero", "", "says nothing", "", ""] in lines and ["increase of CE", "", "+0.300", "+0.001", "+0.001"] in lines
