@@ -407,10 +407,22 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> SAE:
-        """The SAE that `save` wrote."""
-        saved = torch.load(resolve(path), map_location="cpu", weights_only=True)
+        """The SAE that `save` wrote. Raises UserError where the file is damaged, holds anything but plain
+        types and tensors (code in it is never run), or is of another format."""
+        try:
+            saved = torch.load(resolve(path), map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"there is no SAE at {path}.") from None
+        except Exception as error:  # the reader of zip archives and that of pickles raise many kinds
+            raise UserError(f"{path} is damaged, or no SAE of this project ({str(error).splitlines()[0][:150]}): train it again, or copy the file again.") from None
+        parts = ("state_dict", "activation_mean", "norm_scale", "density", "max_act", "config")
+        if not isinstance(saved, dict) or "format_version" not in saved:
+            raise UserError(f"{path} is no SAE of this project: it has no format_version.")
         if saved["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path} has format {saved['format_version']}, this code reads {FORMAT_VERSION}: train it again.")
+        missing = [name for name in parts if name not in saved]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}: it is not whole.")
         d_in, d_sae = saved["state_dict"]["W_enc"].shape
         of_config = {name: saved["config"][name] for name in ("architecture", "k", "apply_b_dec_to_input")}
         sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], **of_config)
@@ -514,35 +526,83 @@ def check_latent(latent, d_sae: int) -> int:
     return number
 
 
-def _latents(ids, acts: Tensor) -> Tensor:
-    ids = [check_latent(i, acts.shape[-1]) for i in ([ids] if isinstance(ids, int) else ids)]
-    return torch.tensor(ids, dtype=torch.long, device=acts.device)
+class Edit:
+    """A patch, acts (…, d_sae) -> acts, that changes the latents `ids` alone: `change` sees acts[..., ids]
+    and returns as many. Such a patch can be worked out without encoding the other latents.
+    """
+
+    def __init__(self, ids, change):
+        ids = [ids] if isinstance(ids, int) else [int(i) if isinstance(i, Tensor) and i.dim() == 0 and not i.is_floating_point() else i for i in ids]
+        if len(set(map(repr, ids))) < len(ids):
+            raise UserError(f"a latent is named twice among {ids}: name each once.")
+        self.ids, self.change = ids, change
+
+    def index(self, acts_width: int, device) -> Tensor:
+        """The latents as a tensor. UserError where one is not of an SAE of this width."""
+        return torch.tensor([check_latent(i, acts_width) for i in self.ids], dtype=torch.long, device=device)
+
+    def change_among(self, few: list[int], acts: Tensor) -> Tensor:
+        """What the edit makes of acts (…, len(few)) of the latents `few`, its own among them."""
+        place = torch.tensor([few.index(i) for i in self.ids], dtype=torch.long, device=acts.device)
+        return acts.index_copy(-1, place, self.change(acts[..., place]))
+
+    def __call__(self, acts: Tensor) -> Tensor:
+        index = self.index(acts.shape[-1], acts.device)
+        return acts.index_copy(-1, index, self.change(acts[..., index]))
 
 
-def ablate(ids):
+def strength(value, what: str = "value"):
+    """`value`, a number or one for each latent. UserError where one is NaN or infinite."""
+    if not torch.isfinite(torch.as_tensor(value, dtype=torch.float64)).all():
+        raise UserError(f"{what} {value} is not a finite number: an edit needs one.")
+    return value
+
+
+def ablate(ids) -> Edit:
     """A patch that silences the latents `ids`."""
-    return set_value(ids, 0.0)
+    return Edit(ids, torch.zeros_like)
 
 
-def amplify(ids, factor: float):
+def amplify(ids, factor: float) -> Edit:
     """A patch that multiplies the latents `ids` by `factor` where they fire."""
-
-    def patch(acts: Tensor) -> Tensor:
-        index = _latents(ids, acts)
-        return acts.index_copy(-1, index, acts[..., index] * factor)
-
-    return patch
+    strength(factor, "factor")
+    return Edit(ids, lambda acts: acts * factor)
 
 
-def set_value(ids, value):
-    """A patch that sets the latents `ids` to `value`: one number, or one for each of them."""
+def _level(ids, value, of: Tensor | None):
+    """acts -> a tensor to set or add: `value`, one number or one for each latent, in activations or
+    in units of `of` (d_sae), such as sae.max_act."""
+    strength(value)
+    edit = Edit(ids, None)  # reads ids in any of their forms
 
-    def patch(acts: Tensor) -> Tensor:
-        index = _latents(ids, acts)
+    def level(acts: Tensor) -> Tensor:
         values = torch.as_tensor(value, dtype=acts.dtype, device=acts.device)
-        return acts.index_copy(-1, index, values.expand(*acts.shape[:-1], len(index)).contiguous())
+        unit = 1.0 if of is None else of.to(acts)[edit.index(len(of), acts.device)]
+        return (values * unit).expand_as(acts)
 
-    return patch
+    return edit.ids, level
+
+
+def set_value(ids, value, of: Tensor | None = None) -> Edit:
+    """A patch that sets the latents `ids` to `value`: one number, or one for each of them; in
+    activations, or with `of=sae.max_act` in multiples of each latent's largest activation."""
+    ids, level = _level(ids, value, of)
+    return Edit(ids, lambda acts: level(acts).contiguous())
+
+
+def add(ids, value, of: Tensor | None = None) -> Edit:
+    """A patch that adds `value`, as in `set_value`, to the latents `ids` wherever it is applied."""
+    ids, level = _level(ids, value, of)
+    return Edit(ids, lambda acts: acts + level(acts))
+
+
+def clamp(ids, low, high, of: Tensor | None = None) -> Edit:
+    """A patch that brings the latents `ids` between `low` and `high`, both as in `set_value`."""
+    ids, lowest = _level(ids, low, of)
+    _, highest = _level(ids, high, of)
+    if (torch.as_tensor(low) > torch.as_tensor(high)).any():
+        raise UserError(f"clamp from {low} to {high} leaves nothing between: give the smaller one first.")
+    return Edit(ids, lambda acts: acts.maximum(lowest(acts)).minimum(highest(acts)))
 
 
 def compose(*patches):
@@ -553,22 +613,40 @@ def compose(*patches):
             acts = part(acts)
         return acts
 
-    return patch
+    if not all(isinstance(part, Edit) for part in patches):
+        return patch
+    ids = list(dict.fromkeys(i for part in patches for i in part.ids))
+
+    def change(acts: Tensor) -> Tensor:
+        for part in patches:
+            acts = part.change_among(ids, acts)
+        return acts
+
+    return Edit(ids, change)
+
+
+def dose(patch, amount: float):
+    """`amount` of a patch: acts + amount * (patch(acts) - acts). 0 is no edit, 1 the patch, 2 twice its change."""
+    strength(amount, "dose")
+    part = lambda change: lambda acts: acts + amount * (change(acts) - acts)
+    return Edit(patch.ids, part(patch.change)) if isinstance(patch, Edit) else part(patch)
 
 
 class TokenTracker:
     """Knows, at each forward pass, which positions are text and which belong to the prompt.
 
     A forward pre-hook on the model: it sees input_ids, attention_mask and the KV cache of every
-    call, so it holds through left padding and through generation token by token.
+    call, so it holds through left padding and through generation token by token. `prompt_lengths`:
+    where the prompts end, BOS included, when whole texts are run; else what a call without a cache sees
+    is the prompt.
     """
 
-    def __init__(self, tokenizer):
-        self.special, self.bos = special_ids(tokenizer), tokenizer.bos_token_id
-        self.text = self.index = self.prompt_length = None
+    def __init__(self, tokenizer, prompt_lengths: list[int] | None = None):
+        self.special, self.bos, self.prompt_lengths = special_ids(tokenizer), tokenizer.bos_token_id, prompt_lengths
+        self.ids = self.text = self.index = self.prompt_length = None
 
     def __call__(self, model, args, kwargs):
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]  # (batch, seq)
+        ids = self.ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]  # (batch, seq)
         mask = kwargs.get("attention_mask")
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
@@ -577,6 +655,8 @@ class TokenTracker:
         self.index = (mask.long().cumsum(1) - 1)[:, -ids.shape[1] :]  # place in the sequence, padding not counted
         if past == 0:
             self.prompt_length = mask.long().sum(1, keepdim=True)
+            if self.prompt_lengths is not None:
+                self.prompt_length = torch.tensor(self.prompt_lengths, device=ids.device)[:, None]
         self.text = mask[:, -ids.shape[1] :].bool() & ~torch.isin(ids, torch.tensor(self.special, device=ids.device))
         if self.bos is None:
             self.text &= self.index > 0
@@ -584,17 +664,20 @@ class TokenTracker:
     def where(self, scope) -> Tensor:
         """(batch, seq) boolean: the text positions in `scope`.
 
-        "all", "prompt", "generated", "last" (the prompt's last token), or a list of places in the
-        sequence, BOS being 0 and negative ones counted from the prompt's end.
+        "all", "prompt", "generated", "last" (the prompt's last token); a list of places in the
+        sequence, BOS being 0 and negative ones counted from the prompt's end; or a function of the
+        token ids (batch, seq) that tells where.
         """
-        if scope == "all":
+        if callable(scope):
+            return self.text & scope(self.ids)
+        if isinstance(scope, str) and scope == "all":
             return self.text
         if scope in ("prompt", "generated"):
             in_prompt = self.index < self.prompt_length
             return self.text & (in_prompt if scope == "prompt" else ~in_prompt)
         places = [-1] if scope == "last" else scope
         if isinstance(places, str):
-            raise UserError(f"scope must be all, prompt, generated, last or a list of positions, not {scope!r}.")
+            raise UserError(f"scope must be all, prompt, generated, last, a list of positions or a function of token ids, not {scope!r}.")
         chosen = torch.zeros_like(self.text)
         for place in places:
             chosen |= self.index == (place if place >= 0 else self.prompt_length + place)
@@ -609,18 +692,26 @@ def at(positions: Tensor, x: Tensor) -> Tensor:
 class SAEIntervenableMLP(nn.Module):
     """Stands where the MLP (or another module with one output) stood: the original runs, then the SAE.
 
-    patch: any function acts -> acts; None: nothing is edited. With `keep_error` the output is the
-    module's own plus ((patched - acts) @ W_dec) * norm at the tokens where something changed, so an
-    empty patch is the identity bit for bit; without it the output is the plain reconstruction.
-    A bare wrapper edits every position; `intervene` gives it a tracker, so that BOS, padding and
-    what is outside `scope` are left alone. `mlp` is the original.
+    patch: any function acts -> acts, or a list of (patch, scope), applied in that order; None: nothing is
+    edited. With `keep_error` the output is the module's own plus ((patched - acts) @ W_dec) * norm at the
+    tokens where something changed, so an empty patch is the identity bit for bit; without it the output
+    is the plain reconstruction. A bare wrapper edits every position; `intervene` gives it a tracker, so
+    that BOS, padding and what is outside `scope` are left alone. `mlp` is the original. With
+    `keep_acts`, `acts` and `patched` (batch, seq, d_sae) are those of the last forward pass.
+
+    Where only `Edit`s are applied and the other latents have no say in theirs (all architectures but
+    topk), only the edited latents are encoded.
     """
 
-    def __init__(self, mlp: nn.Module, sae: SAE, patch=None, *, keep_error: bool = True, scope="all", tracker: TokenTracker | None = None):
+    def __init__(self, mlp: nn.Module, sae: SAE, patch=None, *, keep_error: bool = True, scope="all", tracker: TokenTracker | None = None, keep_acts: bool = False):
         super().__init__()
         self.mlp = mlp
         object.__setattr__(self, "sae", sae)  # not a submodule: model.to(bfloat16) must not touch its float32
-        self.patch, self.keep_error, self.scope, self.tracker = patch, keep_error, scope, tracker
+        self.patches = patch if isinstance(patch, list) else [] if patch is None else [(patch, scope)]
+        self.keep_error, self.tracker, self.keep_acts, self.acts, self.patched = keep_error, tracker, keep_acts, None, None
+        self.few, self.columns = None, {}
+        if keep_error and not keep_acts and sae.architecture != "topk" and all(isinstance(part, Edit) for part, _ in self.patches):
+            self.few = list(dict.fromkeys(check_latent(i, sae.d_sae) for part, _ in self.patches for i in part.ids))
 
     def forward(self, *args, **kwargs):
         output = self.mlp(*args, **kwargs)
@@ -628,31 +719,59 @@ class SAEIntervenableMLP(nn.Module):
         edited = self.edit(x)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
+    def apply_patches(self, acts: Tensor, x: Tensor) -> Tensor:
+        """acts after all patches, each within its scope. UserError where one returns something else than acts."""
+        for patch, scope in self.patches:
+            new = patch.change_among(self.few, acts) if self.few is not None else patch(acts)
+            if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (acts.shape, acts.dtype, acts.device):
+                got = f"{tuple(new.shape)}, {new.dtype}, {new.device}" if isinstance(new, Tensor) else type(new).__name__
+                raise UserError(f"a patch must return acts of the shape {tuple(acts.shape)}, {acts.dtype}, {acts.device}, as it was given them, not {got}.")
+            acts = torch.where(at(self.tracker.where(scope), x), new, acts) if self.tracker else new
+        return acts
+
+    def few_columns(self, device) -> tuple[Tensor, ...]:
+        """Encoder columns, biases, thresholds and decoder rows of the edited latents, gathered once for each device."""
+        if device not in self.columns:
+            sae, index = self.sae, torch.tensor(self.few, dtype=torch.long, device=device)
+            threshold = sae.threshold[index] if sae.jumps else torch.zeros(len(index), device=device)
+            self.columns = {device: (sae.W_enc[:, index].contiguous(), sae.b_enc[index], threshold, sae.W_dec[index])}
+        return self.columns[device]
+
     def edit(self, x: Tensor) -> Tensor:
         """The module's output x (batch, seq, d_in) with the SAE's edit, in x's dtype."""
-        if self.patch is None and self.keep_error:
+        if x.shape[-1] != self.sae.d_in:
+            raise UserError(f"the SAE is for activations {self.sae.d_in} wide, this module's are {x.shape[-1]} wide: it was trained at another place.")
+        if not self.patches and self.keep_error and not self.keep_acts:
             return x
         sae = self.sae.to(x.device)
         x_unit, norm = sae.normalise(x)
-        acts = sae.encode_unit(x_unit)
-        patched = acts if self.patch is None else self.patch(acts)
-        if self.tracker:
-            patched = torch.where(at(self.tracker.where(self.scope), x), patched, acts)
+        if self.few is not None:
+            W_enc, b_enc, threshold, W_dec = self.few_columns(x.device)
+            pre_acts = (x_unit - sae.b_dec if sae.apply_b_dec_to_input else x_unit) @ W_enc + b_enc
+            acts = torch.where(pre_acts > threshold, pre_acts, 0.0)
+        else:
+            acts, W_dec = sae.encode_unit(x_unit), sae.W_dec
+        patched = self.apply_patches(acts, x)
+        if self.keep_acts:
+            self.acts, self.patched = acts, patched
         if not self.keep_error:
             reconstruction = sae.denormalise(sae.decode_unit(patched), norm).to(x.dtype)
             return torch.where(at(self.tracker.text, x), reconstruction, x) if self.tracker else reconstruction
         changed = (patched != acts) & ~(patched.isnan() & acts.isnan())
-        delta = ((patched - acts) @ sae.W_dec) * norm
+        delta = ((patched - acts) @ W_dec) * norm
         return torch.where(changed.any(-1, keepdim=True), x + delta.to(x.dtype), x)
 
 
 @contextmanager
-def intervene(model, hook_name: str, sae: SAE, tokenizer, patch=None, *, scope="all", keep_error: bool = True):
+def intervene(model, hook_name: str, sae: SAE, tokenizer, patch=None, *, scope="all", keep_error: bool = True, keep_acts: bool = False, prompt_lengths=None):
     """Puts SAEIntervenableMLP in place of the hooked module, and the module back when the context ends."""
+    trained_at = sae.config.get("hook_name", hook_name)
+    if trained_at != hook_name:
+        raise UserError(f"the SAE was trained at {trained_at}, not at {hook_name}: name that hook, or train one there.")
     parent_name, _, child = hook_name.rpartition(".")
     parent, original = model.get_submodule(parent_name), model.get_submodule(hook_name)
-    tracker = TokenTracker(tokenizer)
-    wrapper = SAEIntervenableMLP(original, sae, patch, keep_error=keep_error, scope=scope, tracker=tracker)
+    tracker = TokenTracker(tokenizer, prompt_lengths)
+    wrapper = SAEIntervenableMLP(original, sae, patch, keep_error=keep_error, scope=scope, tracker=tracker, keep_acts=keep_acts)
     handle = model.register_forward_pre_hook(tracker, with_kwargs=True)
     parent._modules[child] = wrapper
     try:
