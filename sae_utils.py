@@ -705,7 +705,7 @@ class SAEIntervenableMLP(nn.Module):
 
     def __init__(self, mlp: nn.Module, sae: SAE, patch=None, *, keep_error: bool = True, scope="all", tracker: TokenTracker | None = None, keep_acts: bool = False):
         super().__init__()
-        self.mlp = mlp
+        self.mlp, self.training = mlp, mlp.training
         object.__setattr__(self, "sae", sae)  # not a submodule: model.to(bfloat16) must not touch its float32
         self.patches = patch if isinstance(patch, list) else [] if patch is None else [(patch, scope)]
         self.keep_error, self.tracker, self.keep_acts, self.acts, self.patched = keep_error, tracker, keep_acts, None, None

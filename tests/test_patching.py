@@ -11,6 +11,24 @@ from conftest import HOOK, gemma, gpt2
 import sae_utils as u
 
 
+# A tiny model of each family with random weights, and where its MLP's output is.
+FAMILIES = {
+    "Gemma3Text": {"num_key_value_heads": 1, "head_dim": 8}, "Llama": {}, "Qwen2": {}, "Mistral": {"num_key_value_heads": 1}, "Olmo2": {},
+    "Phi": {}, "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16}, "GPTNeoX": {}, "GPT2": {"n_embd": 16, "n_layer": 3, "n_head": 2},
+    "GPTJ": {"n_embd": 16, "n_layer": 3, "n_head": 2, "rotary_dim": 4},
+}  # fmt: skip
+
+
+def tiny_family(family: str):
+    shape = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}
+    kinds = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3}
+    config = getattr(transformers, f"{family}Config")(**({} if "n_embd" in FAMILIES[family] else shape) | {"vocab_size": 24} | kinds | FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return model.eval().requires_grad_(False), u.HOOKS.get(config.model_type, u.DEFAULT_HOOK).format(layer=1)
+
+
 def integers(x):
     return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
@@ -58,7 +76,106 @@ def test_operations_by_hand():
     assert u.set_value([1, 0], torch.tensor([5.0, 6.0]))(acts).tolist() == [[6, 5, 2, 3]]
     assert u.compose(u.set_value([1], 1), u.amplify([1], 4))(acts).tolist() == [[1, 4, 2, 3]]
     assert u.compose(u.amplify([1], 4), u.set_value([1], 1))(acts).tolist() == [[1, 1, 2, 3]]
+    assert u.add([1, 3], [0.5, -1])(acts).tolist() == [[1, 0.5, 2, 2]]
+    assert u.clamp([0, 1, 3], 0.5, 2)(acts).tolist() == [[1, 0.5, 2, 2]]
+    most = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    assert u.set_value([3, 1], 0.5, most)(acts).tolist() == [[1, 10, 2, 20]]
+    assert u.add([3, 1], torch.tensor([1.0, 0.1]), most)(acts).tolist() == [[1, 2, 2, 43]]
+    assert u.clamp([2, 3], 0.1, 0.2, most)(acts).tolist() == [[1, 0, 3, 4]]
+    assert u.dose(u.amplify([2], 3), 0.5)(acts).tolist() == [[1, 0, 4, 3]] and u.dose(u.ablate([2]), 2)(acts).tolist() == [[1, 0, -2, 3]]
+    assert u.dose(lambda a: a + 1, 0.25)(acts).tolist() == [[1.25, 0.25, 2.25, 3.25]]
+    assert u.compose(u.ablate([0]), lambda a: a * 2)(acts).tolist() == [[0, 0, 4, 6]]
     assert acts.tolist() == [[1, 0, 2, 3]]  # never in place
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, -float("inf")]])
+def test_strengths_that_are_no_numbers_are_refused(value):
+    for make in (u.set_value, u.add, u.amplify, lambda ids, v: u.clamp(ids, v, v), lambda ids, v: u.dose(u.ablate(ids), v)):
+        with pytest.raises(u.UserError, match="not a finite number"):
+            make([0, 1], value)
+    with pytest.raises(u.UserError, match="leaves nothing between"):
+        u.clamp([0], 2.0, 1.0)
+    with pytest.raises(u.UserError, match="named twice"):
+        u.set_value([3, 1, 3], 1.0)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "batchtopk"])
+@pytest.mark.parametrize("apply_b_dec", [False, True])
+def test_encoding_the_edited_latents_alone_is_the_same(architecture, apply_b_dec):
+    sae = u.SAE(16, 48, seed=3, architecture=architecture, k=8, apply_b_dec_to_input=apply_b_dec).requires_grad_(False)
+    for tensor in (sae.b_enc, sae.b_dec, sae.mean):
+        tensor.normal_(std=0.2)
+    if architecture == "batchtopk":
+        sae.threshold.uniform_(0, 0.3)
+    x, most = torch.randn(5, 7, 16) * 2, torch.rand(48)
+    whole = u.compose(u.amplify([3, 40], 3.0), u.ablate([11]), u.add([40, 2], 0.7), u.clamp([5], 0.1, 0.2), u.set_value([47, 1], 2.0, most), u.dose(u.ablate([9]), 0.5))
+    few = u.SAEIntervenableMLP(Same(), sae, whole)
+    everything = u.SAEIntervenableMLP(Same(), sae, lambda acts: whole(acts))
+    assert few.few is not None and everything.few is None
+    torch.testing.assert_close(few(x), everything(x), rtol=1e-4, atol=1e-5)
+    pairs = u.SAEIntervenableMLP(Same(), sae, [(u.amplify([3, 40], 3.0), "all"), (u.set_value([40], 1.0), "all")])
+    torch.testing.assert_close(pairs(x), u.SAEIntervenableMLP(Same(), sae, u.compose(u.amplify([3], 3.0), u.set_value([40], 1.0)))(x), rtol=1e-4, atol=1e-5)
+    sae.architecture = "topk"
+    assert u.SAEIntervenableMLP(Same(), sae, u.ablate([3])).few is None  # the others have a say there
+
+
+@pytest.mark.parametrize("wrong", [lambda a: a[..., :3], lambda a: a.double(), lambda a: a.sum(), lambda a: None, lambda a: a.to("meta")])
+def test_patches_that_return_something_else_are_refused(sae, wrong):
+    with pytest.raises(u.UserError, match="a patch must return acts of the shape"):
+        u.SAEIntervenableMLP(Same(), sae, wrong)(torch.randn(2, 3, 16))
+
+
+def test_an_sae_of_another_place_is_refused(model, tokenizer, sae):
+    sae.config = {"hook_name": HOOK}
+    with pytest.raises(u.UserError, match="was trained at model.layers.1.mlp.down_proj, not at model.layers.2"), u.intervene(model, HOOK.replace("1", "2"), sae, tokenizer):
+        pass
+    narrow = u.SAE(12, 24).requires_grad_(False)
+    with pytest.raises(u.UserError, match="for activations 12 wide, this module's are 16 wide"), u.intervene(model, HOOK, narrow, tokenizer, u.ablate([0])):
+        model(torch.tensor([[3, 5]]))
+
+
+def test_acts_of_the_last_forward_when_asked(model, tokenizer, sae):
+    ids = torch.tensor([[3, 5, 6, 7]])
+    x = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
+    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([4], 5.0), keep_acts=True) as wrapper:
+        model(ids)
+        torch.testing.assert_close(wrapper.acts, sae.encode(x))
+        assert (wrapper.patched[0, 1:, 4] == 5).all() and wrapper.patched[0, 0, 4] == wrapper.acts[0, 0, 4]
+    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([4], 5.0)) as wrapper:
+        model(ids)
+        assert wrapper.acts is None and wrapper.mlp is not None
+
+
+def test_two_layers_at_once(model, tokenizer, sae):
+    other, ids = HOOK.replace("1", "2"), torch.tensor([[3, 5, 6, 7]])
+    before = [model.get_submodule(name) for name in (HOOK, other)]
+    alone = []
+    for name in (HOOK, other):
+        with u.intervene(model, name, sae, tokenizer, u.set_value([4], 30.0)):
+            alone.append(model(ids).logits)
+    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([4], 30.0)) as first, u.intervene(model, other, sae, tokenizer, u.set_value([4], 30.0)) as second:
+        both = model(ids).logits
+        assert model.get_submodule(HOOK) is first and model.get_submodule(other) is second and first.mlp is before[0]
+        with u.intervene(model, HOOK, sae, tokenizer):  # and one upon the other
+            assert torch.equal(model(ids).logits, both)
+    assert not torch.allclose(both, alone[0]) and not torch.allclose(both, alone[1])
+    assert [model.get_submodule(name) for name in (HOOK, other)] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_patch_leaves_every_family_as_it_is(family, dtype, tokenizer):
+    model, hook = tiny_family(family)
+    model = model.to(dtype)
+    sae = u.SAE(16, 40, seed=1).requires_grad_(False)
+    ids, mask = u.pad([[3, 5, 6, 7], [3, 9]], side="left")
+    before = model(input_ids=ids, attention_mask=mask).logits
+    for patch in (lambda acts: acts.clone(), u.ablate([]), [(u.amplify([3, 7], 1.0), "all")]):
+        with u.intervene(model, hook, sae, tokenizer, patch) as wrapper:
+            assert torch.equal(integers(model(input_ids=ids, attention_mask=mask).logits), integers(before)) and not wrapper.training
+    with u.intervene(model, hook, sae, tokenizer, u.set_value([3], 50.0)):
+        after = model(input_ids=ids, attention_mask=mask).logits
+    assert after.dtype == dtype and not torch.equal(after, before)
 
 
 def test_latents_may_be_any_whole_numbers():
@@ -82,7 +199,7 @@ def test_plain_reconstruction(sae):
 
 
 def edited_positions(model, tokenizer, sae, scope, prompts, new=4):
-    """For each forward pass, the (row, place in the sequence) that an edit changed."""
+    """For each forward pass, the (row, place in the sequence, token) that an edit changed."""
     seen = []
     with u.intervene(model, HOOK, sae, tokenizer, u.set_value([5], 9.0), scope=scope) as wrapper:
         original = wrapper.edit
@@ -90,30 +207,61 @@ def edited_positions(model, tokenizer, sae, scope, prompts, new=4):
         def spy(x):
             out = original(x)
             rows, columns = (out != x).any(-1).nonzero(as_tuple=True)
-            seen.append(sorted(zip(rows.tolist(), wrapper.tracker.index[rows, columns].tolist(), strict=True)))
+            seen.append(sorted(zip(rows.tolist(), wrapper.tracker.index[rows, columns].tolist(), wrapper.tracker.ids[rows, columns].tolist(), strict=True)))
             return out
 
         wrapper.edit = spy
         own, model.generation_config = model.generation_config, transformers.GenerationConfig()
         endless = types.SimpleNamespace(bos_token_id=tokenizer.bos_token_id, eos_token_id=None)  # so that the length is known
-        u.generate(model, endless, prompts, new)
+        texts = [prompt + more for prompt, more in zip(prompts, u.generate(model, endless, prompts, new), strict=True)]
         model.generation_config = own
-    return seen
+    return seen, texts
 
 
-def test_where_each_scope_lands(model, tokenizer, sae):
-    prompts = [[3, 5, 6, 7, 8], [3, 9, 10]]  # BOS is 3; the second is padded on the left by two
-    all_prompt = [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
-    generated = lambda step: [(0, 5 + step), (1, 3 + step)]
-    everywhere = edited_positions(model, tokenizer, sae, "all", prompts)
-    assert everywhere[0] == all_prompt and len(everywhere) == 4
-    for step, places in enumerate(everywhere[1:]):
-        assert set(places) <= set(generated(step))  # a generated special token is not edited
-    assert edited_positions(model, tokenizer, sae, "prompt", prompts) == [all_prompt, [], [], []]
-    only_generated = edited_positions(model, tokenizer, sae, "generated", prompts)
-    assert only_generated[0] == [] and only_generated[1:] != [[], [], []]
-    assert edited_positions(model, tokenizer, sae, "last", prompts) == [[(0, 4), (1, 2)], [], [], []]
-    assert edited_positions(model, tokenizer, sae, [0, 1, -1], prompts)[0] == [(0, 1), (0, 4), (1, 1), (1, 2)]
+# For each scope: whether the place `at` of a text, whose prompt is `n` long, belongs to it.
+SCOPES = {
+    "all": ("all", lambda at, n, token: True), "prompt": ("prompt", lambda at, n, token: at < n), "generated": ("generated", lambda at, n, token: at >= n),
+    "last": ("last", lambda at, n, token: at == n - 1), "places": ([0, 1, -1], lambda at, n, token: at in (0, 1, n - 1)), "ahead": ([6], lambda at, n, token: at == 6),
+    "tokens": (lambda ids: (ids == 6) | (ids > 14), lambda at, n, token: token == 6 or token > 14),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_where_each_scope_lands(model, tokenizer, sae, name):
+    """Exactly there, in the prompt and at every step after it; together (padded on the left) and alone."""
+    scope, belongs = SCOPES[name]
+    prompts, special = [[3, 5, 6, 7, 8], [3, 9, 20], [3, 6, 6, 21, 4, 12, 13]], u.special_ids(tokenizer)
+    for batch in (prompts, prompts[:1], prompts[1:2], prompts[2:]):
+        seen, texts = edited_positions(model, tokenizer, sae, scope, batch)
+        assert len(seen) == 4
+        for step, got in enumerate(seen):
+            expected = []
+            for row, (prompt, text) in enumerate(zip(batch, texts, strict=True)):
+                places = range(len(prompt)) if step == 0 else [len(prompt) + step - 1]
+                expected += [(row, at, text[at]) for at in places if text[at] not in special and belongs(at, len(prompt), text[at])]
+            assert got == sorted(expected), (name, step)
+    assert any(seen), "the scope lands somewhere"
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_batched_results_equal_single_ones_in_each_scope(model, tokenizer, sae, name):
+    prompts = [[3, 5, 6, 7, 8, 9, 10], [3, 9, 20], [3, 12, 13, 6]]
+    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([7], 40.0), scope=SCOPES[name][0]):
+        together = u.generate(model, tokenizer, prompts, 6)
+        assert together == [u.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+
+
+def test_each_patch_has_its_own_scope(model, tokenizer, sae):
+    ids = torch.tensor([[3, 5, 6, 7, 8]])
+    pairs = [(u.set_value([4], 5.0), "last"), (u.set_value([9], 3.0), [1, 2]), (lambda acts: acts * 2, lambda tokens: tokens == 6)]
+    with u.intervene(model, HOOK, sae, tokenizer, pairs, keep_acts=True) as wrapper:
+        model(ids)
+        acts, patched = wrapper.acts[0], wrapper.patched[0]
+    expected = acts.clone()
+    expected[4, 4] = 5
+    expected[[1, 2], 9] = 3
+    expected[2] *= 2
+    assert torch.equal(patched, expected)
 
 
 def test_batched_patched_generation_equals_single(model, tokenizer, sae):

@@ -88,3 +88,40 @@ def test_apply_b_dec_to_input(sae):
     sae.apply_b_dec_to_input = True
     x = torch.randn(4, 16)
     torch.testing.assert_close(sae.encode_unit(x), torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc))
+
+
+class Trap:
+    """What a pickle with code in it holds: loading it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_damaged_and_foreign_files_are_refused_in_one_sentence(sae, tmp_path, fresh_seed):
+    path = tmp_path / "sae.pth"
+    sae.save(path)
+    whole = path.read_bytes()
+    saved = torch.load(path, weights_only=True)
+    cut = int(torch.randint(1, len(whole) - 1, ()))
+    path.write_bytes(whole[:cut])
+    with pytest.raises(u.UserError, match="is damaged"):
+        u.SAE.load(path)
+    path.write_text("not a file of torch")
+    with pytest.raises(u.UserError, match="is damaged"):
+        u.SAE.load(path)
+    torch.save({"format_version": 2, "trap": Trap(tmp_path / "sprung")}, path)
+    with pytest.raises(u.UserError, match="is damaged, or no SAE"):
+        u.SAE.load(path)
+    assert not (tmp_path / "sprung").exists()  # nothing in it was run
+    for wrong, message in (({"weights": 1}, "no format_version"), ([1, 2], "no format_version"), (saved | {"format_version": 99}, "format 99")):
+        torch.save(wrong, path)
+        with pytest.raises(u.UserError, match=message):
+            u.SAE.load(path)
+    torch.save({name: value for name, value in saved.items() if name != "activation_mean"}, path)
+    with pytest.raises(u.UserError, match="lacks activation_mean"):
+        u.SAE.load(path)
+    with pytest.raises(u.UserError, match="there is no SAE at"):
+        u.SAE.load(tmp_path / "none.pth")
