@@ -267,7 +267,7 @@ def pad(sequences: list[list[int]], side: str = "right", device: str = "cpu") ->
 
 def encode_text(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text without special tokens around it."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def with_bos(tokenizer, ids: list[int]) -> list[int]:

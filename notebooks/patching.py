@@ -65,11 +65,11 @@ def check_prompts(model, tokenizer, prompts: list[list[int]], max_new_tokens: in
 # ---------------------------------------------------------------------------------------------
 
 
-def make_edit(sae: sae_utils.SAE, latents: list[int], operation: str, strength: float = 1.0, unit: str = "max", low: float = 0.0, high: float = 1.0):
+def make_edit(latents: list[int], operation: str, max_act: Tensor, strength: float = 1.0, unit: str = "max", low: float = 0.0, high: float = 1.0):
     """One operation as a patch. `strength` is amplify's factor; else, like low and high, a multiple of each
-    latent's largest activation (unit "max") or an activation (unit "acts")."""
-    latents = [sae_utils.check_latent(i, sae.d_sae) for i in latents]
-    of = sae.max_act if unit == "max" else None
+    latent's largest activation `max_act` (d_sae) (unit "max") or an activation (unit "acts")."""
+    latents = [sae_utils.check_latent(i, len(max_act)) for i in latents]
+    of = max_act if unit == "max" else None
     return {
         "ablate": lambda: sae_utils.ablate(latents),
         "amplify": lambda: sae_utils.amplify(latents, strength),
@@ -90,8 +90,8 @@ def token_scope(tokenizer, words: list[str]):
     return lambda tokens: torch.isin(tokens, torch.tensor(ids, device=tokens.device))
 
 
-def read_edits(path: Path, sae: sae_utils.SAE, tokenizer) -> tuple[list[tuple], list[dict]]:
-    """(patches, as written): the (patch, scope) pairs of a YAML file, in its order, for `intervene`.
+def read_edits(path: Path) -> list[dict]:
+    """The edits that a YAML file names, checked as far as that goes without the model.
 
     edits: a list of {latents, operation, strength, unit, low, high, scope}; scope is all, prompt,
     generated, last, a list of positions, or {tokens: [words]}. Raises UserError for whatever is not that.
@@ -104,31 +104,73 @@ def read_edits(path: Path, sae: sae_utils.SAE, tokenizer) -> tuple[list[tuple], 
         raise UserError(f"edits {sae_utils.show_path(path)} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(given, dict) or list(given) != ["edits"] or not isinstance(given["edits"], list) or not given["edits"]:
         raise UserError(f"edits {sae_utils.show_path(path)}: it should hold one list, `edits:`.")
-    patches, known = [], {"latents", "operation", "strength", "unit", "low", "high", "scope"}
+    known = {"latents", "operation", "strength", "unit", "low", "high", "scope"}
     for number, edit in enumerate(given["edits"], 1):
         where = f"edits {sae_utils.show_path(path)}, number {number}"
         if not isinstance(edit, dict) or set(edit) - known or not {"latents", "operation"} <= set(edit):
             raise UserError(f"{where}: an edit has latents, operation and, where needed, {', '.join(sorted(known - {'latents', 'operation'}))}, not {edit!r}.")
-        latents, operation, scope = edit["latents"], edit["operation"], edit.get("scope", "all")
+        latents, scope = edit["latents"], edit.get("scope", "all")
         if not isinstance(latents, list) or not latents:
             raise UserError(f"{where}: latents is a list of numbers, not {latents!r}.")
-        if operation not in OPERATIONS or edit.get("unit", "max") not in ("max", "acts"):
+        if edit["operation"] not in OPERATIONS or edit.get("unit", "max") not in ("max", "acts"):
             raise UserError(f"{where}: operation is one of {', '.join(OPERATIONS)}, and unit max or acts.")
-        numbers = {name: edit[name] for name in ("strength", "low", "high") if name in edit}
-        for name, value in numbers.items():
+        for name in ("strength", "low", "high"):
+            value = edit.get(name, 0)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise UserError(f"{where}: {name} is a finite number, not {value!r} (write 1.0e-4 for 1e-4).")
-        if isinstance(scope, dict) and list(scope) == ["tokens"] and isinstance(scope["tokens"], list):
-            scope = token_scope(tokenizer, scope["tokens"])
-        elif not (scope in SCOPES if isinstance(scope, str) else isinstance(scope, list) and all(type(place) is int for place in scope)):
+        words = isinstance(scope, dict) and list(scope) == ["tokens"] and isinstance(scope["tokens"], list)
+        places = isinstance(scope, list) and all(type(place) is int for place in scope)
+        if not (words or places or isinstance(scope, str) and scope in SCOPES):
             raise UserError(f"{where}: scope is {', '.join(SCOPES)}, a list of positions or {{tokens: [words]}}, not {scope!r}.")
-        patches.append((make_edit(sae, latents, operation, unit=edit.get("unit", "max"), **numbers), scope))
-    return patches, given["edits"]
+    return given["edits"]
 
 
-def dosed(patches: list[tuple], amount: float) -> list[tuple]:
+def patches(edits: list[dict], sae: sae_utils.SAE, tokenizer, instead: dict[int, int] | None = None) -> list[tuple]:
+    """The edits, as `read_edits` gives them, as (patch, scope) pairs for `intervene`, in their order.
+
+    `instead` {latent: another}: the same edits on other latents, each of which is pushed as hard as the
+    one whose place it takes (its largest activation counts for theirs).
+    """
+    instead, max_act, pairs = instead or {}, sae.max_act.clone(), []
+    for latent, other in instead.items():
+        max_act[other] = sae.max_act[latent]
+    for edit in edits:
+        latents = [instead.get(latent, latent) for latent in edit["latents"]]
+        scope = edit.get("scope", "all")
+        if isinstance(scope, dict):
+            scope = token_scope(tokenizer, scope["tokens"])
+        pairs.append((make_edit(latents, edit["operation"], max_act, **{name: edit[name] for name in ("strength", "unit", "low", "high") if name in edit}), scope))
+    return pairs
+
+
+def dosed(pairs: list[tuple], amount: float) -> list[tuple]:
     """The (patch, scope) pairs at `amount` of their strength (`sae_utils.dose`)."""
-    return [(sae_utils.dose(patch, amount), scope) for patch, scope in patches]
+    return [(sae_utils.dose(patch, amount), scope) for patch, scope in pairs]
+
+
+def matched(sae: sae_utils.SAE, edited: list[int], avoid: list[int], n: int, seed: int) -> list[dict[int, int]]:
+    """`n` random replacements {edited latent: live latent of a third to three times its density}, no two alike
+    (for a dead one any live latent); fewer where there are not so many."""
+    generator, found, pools = torch.Generator().manual_seed(seed), [], {}
+    for latent in edited:
+        density = sae.density[latent]
+        alike = (sae.density >= density / 3) & (sae.density <= density * 3) if density > 0 else torch.ones_like(sae.density, dtype=torch.bool)
+        pool = ((sae.density > 0) & alike).nonzero().flatten().tolist()
+        pools[latent] = [i for i in pool if i not in edited and i not in avoid]
+    if not all(pools.values()):
+        return []
+    most = min(n, max(map(len, pools.values()))) if len(edited) == 1 else n
+    for _ in range(50 * n):
+        drawn: dict[int, int] = {}
+        for latent, pool in pools.items():
+            free = [i for i in pool if i not in drawn.values()]
+            if free:
+                drawn[latent] = free[int(torch.randint(len(free), (), generator=generator))]
+        if len(drawn) == len(edited) and drawn not in found:
+            found.append(drawn)
+        if len(found) == most:
+            break
+    return found
 
 
 # ---------------------------------------------------------------------------------------------

@@ -101,18 +101,37 @@ edits:
 """
 
 
-def test_edits_are_read_in_order(tmp_path, sae, tokenizer, model):
+def test_edits_are_read_in_order(tmp_path, sae, tokenizer):
     file = tmp_path / "edits.yaml"
     file.write_text(EDITS)
     sae.max_act.uniform_(1, 2)
-    patches, written = patching.read_edits(file, sae, tokenizer)
+    edits = patching.read_edits(file)
+    pairs = patching.patches(edits, sae, tokenizer)
     acts = torch.rand(2, 48) + 0.5
-    assert [scope for _, scope in patches[:2]] == ["last", "all"] and written[2]["operation"] == "ablate"
-    torch.testing.assert_close(patches[0][0](acts)[:, [3, 5]], (2 * sae.max_act[[3, 5]]).expand(2, 2))
-    assert (patches[1][0](acts)[:, 7] == 0.25).all() and (patches[2][0](acts)[:, 9] == 0).all()
+    assert [scope for _, scope in pairs[:2]] == ["last", "all"] and edits[2]["operation"] == "ablate"
+    torch.testing.assert_close(pairs[0][0](acts)[:, [3, 5]], (2 * sae.max_act[[3, 5]]).expand(2, 2))
+    assert (pairs[1][0](acts)[:, 7] == 0.25).all() and (pairs[2][0](acts)[:, 9] == 0).all()
     ids = torch.tensor([tokenizer.encode("cat the dog", add_special_tokens=False)])
-    assert patches[2][1](ids).tolist() == [[True, False, True]]
-    assert torch.equal(patching.dosed(patches, 0.0)[0][0](acts), acts) and torch.equal(patching.dosed(patches, 1.0)[2][0](acts), patches[2][0](acts))
+    assert pairs[2][1](ids).tolist() == [[True, False, True]]
+    assert torch.equal(patching.dosed(pairs, 0.0)[0][0](acts), acts) and torch.equal(patching.dosed(pairs, 1.0)[2][0](acts), pairs[2][0](acts))
+    control = patching.patches(edits, sae, tokenizer, {5: 40, 9: 2})
+    torch.testing.assert_close(control[0][0](acts)[:, [3, 40]], (2 * sae.max_act[[3, 5]]).expand(2, 2))  # pushed as hard as 5 was
+    assert control[0][0].ids == [3, 40] and control[2][0].ids == [2] and control[1][0].ids == [7]
+
+
+def test_controls_are_live_alike_and_none_twice(sae, fresh_seed):
+    sae.density = torch.rand(48)
+    sae.density[:10] = 0
+    edited = [20, 30]
+    found = patching.matched(sae, edited, [25], 12, fresh_seed)
+    assert len(found) == 12 and len({str(control) for control in found}) == 12
+    for control in found:
+        assert set(control) == set(edited) and len(set(control.values())) == 2 and not set(control.values()) & {20, 30, 25}
+        for latent, other in control.items():
+            assert sae.density[other] > 0 and sae.density[latent] / 3 <= sae.density[other] <= 3 * sae.density[latent]
+    sae.density = torch.zeros(48)
+    sae.density[[4, 5]] = 0.5
+    assert patching.matched(sae, [4], [], 5, 0) == [{4: 5}] and patching.matched(sae, [4], [5], 5, 0) == []
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -126,9 +145,9 @@ def test_wrong_edits_are_told(tmp_path, sae, tokenizer, text, message):
     file = tmp_path / "edits.yaml"
     file.write_text(text)
     with pytest.raises(u.UserError, match=message):
-        patching.read_edits(file, sae, tokenizer)
+        patching.patches(patching.read_edits(file), sae, tokenizer)
     with pytest.raises(u.UserError, match="no such file"):
-        patching.read_edits(tmp_path / "none.yaml", sae, tokenizer)
+        patching.read_edits(tmp_path / "none.yaml")
 
 
 def test_prompts_from_a_file_and_wrong_ones(tmp_path, tokenizer, model):

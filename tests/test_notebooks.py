@@ -20,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import experiment
 import harvest
+import known
+import patching
 import sae_utils as u
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -189,17 +191,104 @@ def test_contexts_are_where_latents_fire(run):
 
 def test_the_patch_does_something_a_person_can_see(patch):
     result = read(patch / "patching.json")
-    assert result["prompts"] == 10 and result["prompts_hit"] >= 8
-    assert sorted(result["control_hits"])[len(result["control_hits"]) // 2] <= 4 and len(result["controls"]) == 20
-    assert result["controls_as_good"] == 0 and max(result["control_log_odds_change"]) < sum(r["log_odds_change"] for r in result["comparison"]) / 10
+    assert result["prompts"] == 10 and result["prompts_hit"] >= 8 and result["unedited_is_the_same_bits"]
+    assert sorted(result["control_hits"])[len(result["control_hits"]) // 2] <= 6 and len(result["controls"]) == 20
+    edit = sum(r["log_odds_change"] for r in result["comparison"]) / 10
+    assert result["controls_as_good"] <= 2 and result["control_interval"][1] < result["log_odds_interval"][0] < edit < result["log_odds_interval"][1]
     for row in result["comparison"]:
         texts = {arm: "".join(piece["text"] for piece in row[arm]) for arm in ("original", "reconstruction", "patched")}
         assert all(texts.values()) and not any(piece["differs"] for piece in row["original"])
-        assert any(piece["differs"] for piece in row["patched"]) == (texts["patched"] != texts["original"])
+        if texts["patched"] != texts["original"] and len(row["patched"]) == len(row["original"]):
+            assert sum(piece["differs"] for piece in row["patched"]) == 1
+            first = next(i for i, piece in enumerate(row["patched"]) if piece["differs"])
+            assert [p["text"] for p in row["patched"][:first]] == [p["text"] for p in row["original"][:first]] and row["patched"][first]["text"] != row["original"][first]["text"]
+        assert row["original"][0]["kl"] > max(piece["kl"] for piece in row["original"][1:])  # the edit was of one place
     ablated = sum(result["ablation_log_odds_change"]) / len(result["ablation_log_odds_change"])
     assert ablated < -0.5 and ablated < min(result["ablation_controls"])
     page = (patch / "patching.html").read_text()
     assert result["finding"].split(":")[0] in page and "http" not in page and (patch / ".done").exists()
+
+
+def test_doses_go_from_no_edit_through_the_edit(patch):
+    result = read(patch / "patching.json")
+    by_dose = {row["dose"]: row for row in result["doses"]}
+    before = [torch.tensor(row["p_before"]).log() for row in result["comparison"]]
+    after = [torch.tensor(row["p_after"]).log() for row in result["comparison"]]
+    assert by_dose[0]["log_probability"] == pytest.approx(sum(before).item() / 10, abs=1e-3) and by_dose[0]["hit"] == 0
+    assert by_dose[1]["log_probability"] == pytest.approx(sum(after).item() / 10, abs=1e-3) and by_dose[1]["hit"] == result["prompts_hit"]
+    assert by_dose[0.25]["log_probability"] > by_dose[0]["log_probability"] and by_dose[1]["surprise"] > by_dose[0]["surprise"]
+    assert all(len(line) == len(by_dose) and line[0] == pytest.approx(by_dose[0]["log_probability"], abs=1e-4) for line in result["control_doses"])
+
+
+def test_the_model_says_its_word_by_the_latent_that_announces_it(patch):
+    result = read(patch / "patching.json")
+    assert len(result["attribution"]) == 10 and sum(place == 1 for place in result["announcing_latent_is_number"]) >= 6
+    for found in result["attribution"]:
+        assert len(found["latents"]) == len(found["exact"]) == len(found["gradient"]) <= 200 and min(found["exact"]) < 0
+
+
+@pytest.fixture(scope="module")
+def matches(run, tiny):
+    """(sae, model, tokenizer, rows, index, facts, truth, best): latents and what they match, on held-out rows."""
+    sae = u.SAE.load(run / "sae.pth")
+    model, tokenizer = u.load_model(sae.config["model_name"])
+    rows = harvest.get_rows(model, tokenizer, sae.config["hook_name"], sae.config, run.parent / "activations")
+    _, held_out = harvest.split_windows(rows.window_document, 0.1)
+    index = held_out[rows.window].nonzero().flatten()
+    facts, truth = known.read(tiny / "world", rows, index)
+    return sae, model, tokenizer, rows, index, facts, truth, known.best_f1(sae.encode(rows.activations[index]), truth)
+
+
+def test_edits_do_what_they_mean(matches):
+    """Ablating the latent of 'X comes next' takes X away where it fires and nothing elsewhere; setting it
+    brings X in where another of its kind is due; a random latent of like density does neither."""
+    sae, model, tokenizer, rows, index, facts, truth, best = matches
+    acts, hook, generator = sae.encode(rows.activations[index]), sae.config["hook_name"], torch.Generator().manual_seed(0)
+    kinds = ("next_colour", "next_place", "next_food", "next_mood", "next_capital")
+    chosen = [i for i in best["f1"].argsort(descending=True).tolist() if facts[i]["variable"] in kinds and facts[i]["value"] != "any" and best["f1"][i] > 0.8][:12]
+    assert len(chosen) == 12
+    took, brought, control_took, control_brought = [], [], [], []
+    for i in chosen:
+        latent, token = int(best["column"][i]), tokenizer.convert_tokens_to_ids(facts[i]["value"])
+        fires = acts[:, latent] > best["threshold"][i]
+        prompts = lambda where: [rows.windows[rows.window[row]][: rows.position[row] + 1] for row in index[where.nonzero().flatten()[:8]].tolist()]
+        due, elsewhere = prompts(truth[:, i] & fires), prompts(~truth[:, i] & (acts[:, latent] == 0))
+        rivals = [f for f, fact in enumerate(facts) if fact["variable"] == facts[i]["variable"] and fact["value"] not in ("any", facts[i]["value"])]
+        of_kind = prompts(truth[:, rivals].any(1) & ~truth[:, i])
+        (other,) = patching.matched(sae, [latent], [], 1, int(torch.randint(10**6, (), generator=generator)))
+        for ids, fell, rose in (([latent], took, brought), ([other[latent]], control_took, control_brought)):
+
+            def change(prompts, patch):
+                before = u.next_logprobs(model, prompts)
+                with u.intervene(model, hook, sae, tokenizer, patch, scope="last"):
+                    return (u.next_logprobs(model, prompts) - before)[:, token].mean().item()
+
+            fell.append(change(due, u.ablate(ids)))
+            rose.append(change(of_kind, u.set_value(ids, 2 * sae.max_act[latent].item())))
+            if ids == [latent]:
+                assert change(elsewhere, u.ablate(ids)) == 0.0  # it is silent there: nothing is touched
+    median = lambda values: sorted(values)[len(values) // 2]
+    assert median(took) < -0.1 and sum(t < -0.01 for t in took) >= 9 and median(brought) > 2 and sum(b > 1 for b in brought) >= 9
+    assert abs(median(control_took)) < 0.05 and sum(b > c for b, c in zip(brought, control_brought, strict=True)) >= 10
+
+
+def test_edits_from_a_file_and_prompts_of_ones_own(run):
+    sae, folder = u.SAE.load(run / "sae.pth"), run.parent
+    live = sae.density.argsort(descending=True)[100:103].tolist()
+    dead = (sae.density == 0).nonzero().flatten().tolist()[:1]
+    edits = [{"latents": live[:1] + dead, "operation": "add", "strength": 1.0, "scope": "generated"}, {"latents": live[1:], "operation": "clamp", "low": 0.0, "high": 0.1, "scope": [3]}]
+    (folder / "edits.yaml").write_text(json.dumps({"edits": edits}))
+    (folder / "prompts.txt").write_text("Tom is a happy boy from Peru . he has a blue ball .\nAnna is a sad girl from Japan .\n")
+    flags = ["-p", "run_dir", str(run), "-p", "name", "own", "-p", "edits", str(folder / "edits.yaml"), "-p", "prompts_file", str(folder / "prompts.txt"), "-p", "n_controls", "2"]
+    (run / "labels.csv").write_text(f"latent,name\n{live[0]},<b>my</b> name\n")
+    patched = experiment.launch("patch_neurons", flags)
+    result, page = read(patched / "patching.json"), (patched / "patching.html").read_text()
+    assert result["edits"] == edits and result["prompts"] == 2 and result["comparison"][0]["prompt"].endswith("ball .")
+    assert "&lt;b&gt;my&lt;/b&gt; name" in page and "<b>my</b>" not in page
+    assert [str(dead[0]) in notice for notice in result["notices"]] == [True] * len(dead)
+    for bad, message in ((["-p", "prompts_file", "nowhere.txt"], "there is no such file"), (["-y", '{prompts: ["<bos>"]}'], "holds no text"), (["-p", "chat", "true", "-y", "{prompts: [x]}"], "no chat template")):
+        assert experiment.main(["patch_neurons", "-p", "run_dir", str(run), "-p", "name", "bad", *bad]) == 2, message
+        assert not (run / "patches" / "bad" / ".done").exists()
 
 
 def test_nothing_is_written_over(run, patch, capsys):

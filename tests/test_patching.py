@@ -13,7 +13,7 @@ import sae_utils as u
 
 # A tiny model of each family with random weights, and where its MLP's output is.
 FAMILIES = {
-    "Gemma3Text": {"num_key_value_heads": 1, "head_dim": 8}, "Llama": {}, "Qwen2": {}, "Mistral": {"num_key_value_heads": 1}, "Olmo2": {},
+    "Gemma3Text": {"num_key_value_heads": 1, "head_dim": 8}, "Llama": {}, "Qwen2": {"num_key_value_heads": 2}, "Mistral": {"num_key_value_heads": 1}, "Olmo2": {},
     "Phi": {}, "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16}, "GPTNeoX": {}, "GPT2": {"n_embd": 16, "n_layer": 3, "n_head": 2},
     "GPTJ": {"n_embd": 16, "n_layer": 3, "n_head": 2, "rotary_dim": 4},
 }  # fmt: skip
