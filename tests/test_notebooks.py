@@ -35,6 +35,7 @@ def test_committed_notebooks_are_stripped_and_executable(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in code)
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert not any(re.search(r"\b(interact|interactive|Output)\(", cell.source) for cell in code)  # Output widgets can hang a headless run
 
 
 @pytest.fixture(scope="module")
