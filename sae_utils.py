@@ -409,8 +409,10 @@ class SAE(nn.Module):
     def load(cls, path: str | Path, device: str = "cpu") -> SAE:
         """The SAE that `save` wrote. Raises UserError where the file is damaged, holds anything but plain
         types and tensors (code in it is never run), or is of another format."""
+        path = resolve(path)
+        file, path = path, show_path(path)
         try:
-            saved = torch.load(resolve(path), map_location="cpu", weights_only=True)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise UserError(f"there is no SAE at {path}.") from None
         except Exception as error:  # the reader of zip archives and that of pickles raise many kinds

@@ -452,7 +452,7 @@ def test_spectrum_against_float64(fresh_seed):
     np.testing.assert_allclose(variances, np.sort(np.diag(expected))[::-1])
     assert rank == pytest.approx(np.exp(-(share * np.log(share)).sum()))
     torch.testing.assert_close(components @ components.T, torch.eye(12), atol=1e-5, rtol=0)
-    np.testing.assert_allclose(np.diag(components.double() @ expected @ components.double().T.numpy()), np.linalg.eigvalsh(expected)[::-1], rtol=1e-4)
+    np.testing.assert_allclose(np.diag(components.double().numpy() @ expected @ components.double().T.numpy()), np.linalg.eigvalsh(expected)[::-1], rtol=1e-4)
     one_direction = torch.randn(300, 1) * torch.randn(1, 12)
     assert harvest.spectrum(one_direction, torch.arange(300))[1] == pytest.approx(1, abs=1e-4)
 

@@ -17,10 +17,11 @@ from conftest import ROOT, training_params
 
 import experiment
 import harvest
+import patching
 import sae_utils as u
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-PARAMS = sorted((ROOT / "params").rglob("*.yaml"))
+PARAMS = sorted((ROOT / "params").glob("*.yaml"))
 
 
 def notebook_of(path):
@@ -45,6 +46,11 @@ def test_params_files_fit_the_notebook(path):
     for name, value in given.items():
         assert type(value).__name__ == declared[name].type, name
     experiment.check_params(notebook_of(path), given)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params" / "patches").glob("*.yaml")), ids=lambda p: p.stem)
+def test_files_of_edits_can_be_read(path):
+    assert path.read_text().startswith("#") and all(edit["operation"] in patching.OPERATIONS for edit in patching.read_edits(path))
 
 
 def test_reference_file_is_the_notebooks_defaults():

@@ -337,3 +337,15 @@ def test_a_module_that_returns_a_tuple(tokenizer, sae):
     x = torch.randn(1, 4, 16)
     out, more = u.SAEIntervenableMLP(Pair(), sae, u.set_value([0], 2.0))(x)
     assert more == "more" and not torch.equal(out, x)
+
+
+def test_the_norm_after_the_mlp_can_be_edited_as_well(model, tokenizer, sae):
+    norm, ids = "model.layers.1.post_feedforward_layernorm", torch.tensor([[3, 5, 6, 7]])
+    before, original = model(ids).logits, model.get_submodule(norm)
+    x = u.run_to_hook(model, norm, ids, None)
+    with u.intervene(model, norm, sae, tokenizer, u.set_value([4], 3.0)) as wrapper:
+        after = u.run_to_hook(model, norm, ids, None)
+        assert wrapper.mlp is original and not torch.equal(model(ids).logits, before)
+    expected = (3 - sae.encode(x)[..., 4, None]) * sae.W_dec[4] * sae.normalise(x)[1]
+    torch.testing.assert_close((after - x)[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-5)
+    assert torch.equal(after[:, 0], x[:, 0]) and torch.equal(model(ids).logits, before)
