@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -249,16 +250,18 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 @torch.inference_mode()
-def logprobs_of(model, prompts: list[list[int]], continuations: list[list[int]]) -> list[Tensor]:
+def logprobs_of(model, prompts: list[list[int]], continuations: list[list[int]], patched=None) -> list[Tensor]:
     """For each prompt, log-probabilities (tokens of its continuation, d_vocab) before each of those tokens,
-    the continuation being given; float32 on the CPU. Give `intervene` the prompts' lengths with a patch."""
-    texts = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)]
-    ids, mask = sae_utils.pad(texts, device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return [
-        row[len(prompt) - 1 : len(prompt) - 1 + len(more)].float().log_softmax(-1).cpu()
-        for row, prompt, more in zip(logits, prompts, continuations, strict=True)
-    ]
+    the continuation being given; float32 on the CPU. `patched`: lengths of the prompts -> a context, such as
+    `intervene` with these prompt_lengths."""
+    texts, found = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)], []
+    for batch in sae_utils.batches(texts, model):
+        lengths = [len(prompt) for prompt in prompts[len(found) : len(found) + len(batch)]]
+        ids, mask = sae_utils.pad(batch, device=model.device)
+        with patched(lengths) if patched else nullcontext():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        found += [row[n - 1 : len(text) - 1].float().log_softmax(-1).cpu() for row, n, text in zip(logits, lengths, batch, strict=True)]
+    return found
 
 
 def surprise(model, prompts: list[list[int]], continuations: list[list[int]]) -> float:

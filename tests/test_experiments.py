@@ -79,7 +79,7 @@ def test_texts_given_are_scored_token_by_token(case):
     assert patching.surprise(model, prompts, [[], []]) == 0.0
 
 
-def test_a_patch_knows_where_given_texts_begin(case):
+def test_a_patch_knows_where_given_texts_begin(case, monkeypatch):
     """Scope "last" lands on the prompt's last token, whether the text is being written or given."""
     model, hook, tokenizer, sae, prompt, _ = case
     prompts, patch = [prompt, prompt[:4]], u.set_value([6], 30.0)
@@ -88,8 +88,8 @@ def test_a_patch_knows_where_given_texts_begin(case):
         first = u.next_logprobs(model, prompts)
     if not all(texts):
         texts = [text or [5] for text in texts]
-    with u.intervene(model, hook, sae, tokenizer, patch, scope="last", prompt_lengths=[len(p) for p in prompts]):
-        given = patching.logprobs_of(model, prompts, texts)
+    monkeypatch.setattr(u, "batches", lambda windows, model: ([window] for window in windows))  # each batch has its own lengths
+    given = patching.logprobs_of(model, prompts, texts, lambda lengths: u.intervene(model, hook, sae, tokenizer, patch, scope="last", prompt_lengths=lengths))
     torch.testing.assert_close(torch.stack([g[0] for g in given]), first, rtol=1e-3, atol=1e-3)
 
 
