@@ -69,6 +69,10 @@ train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED
 patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]
 	$(if $(RUN),,$(error say which run to patch: make patch RUN=name))$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(RUN)' $(P)
 
+.PHONY: labels
+labels: $(READY) ## put the names in a run's labels.csv on its features.html: RUN=name
+	$(if $(RUN),,$(error say which run: make labels RUN=name))$(LAUNCH) labels 'runs/$(RUN)'
+
 LAYERS ?= 6
 ACTIVATIONS = $(LAUNCH) activations '$(LAYERS)' $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
 .PHONY: activations sweep-activations

@@ -2,8 +2,8 @@
 
     python notebooks/experiment.py NOTEBOOK [papermill flags]
 
-is what `make train` and `make patch` call (`activations "2 6 10"` in place of a notebook: harvest
-those layers). papermill executes whatever it is given and writes over
+is what `make train` and `make patch` call (in place of a notebook, `activations "2 6 10"` harvests
+those layers, and `labels RUN` writes a run's features.html anew). papermill executes whatever it is given and writes over
 what is there; so parameters are checked and the run's folder is looked at first, in a second and
 with one sentence for a mistake. The notebooks make the same checks in their first cells.
 """
@@ -343,6 +343,26 @@ def harvest_layers(layers: str, flags: list[str]) -> None:
         raise sae_utils.UserError(" ".join(dict.fromkeys(mistakes)))
 
 
+def relabel(run_dir: str) -> Path:
+    """Writes a finished run's features.html anew, with the names that its labels.csv now gives to latents."""
+    import features
+    import numpy as np
+    import transformers
+
+    folder = finished_run(run_dir)
+    sae, labels = sae_utils.SAE.load(folder / "sae.pth"), features.read_labels(folder / "labels.csv")
+    for latent in labels:
+        sae_utils.check_latent(latent, sae.d_sae)
+    name, revision = sae.config["model_name"], sae.config["model_revision"]
+    sae_utils.use_hf_token()
+    with sae_utils.hub_errors("model", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None)
+    kept, page = dict(np.load(folder / "features.npz")), folder / "features.html"
+    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, sae_utils.TokenText(tokenizer), labels)
+    print(f"{sae_utils.show_path(page)}: {len(labels)} of {int((sae.density > 0).sum()):,} latents have a name")
+    return page
+
+
 def main(args: list[str]) -> int:
     """0 when all went well; 2 for a mistake the user can mend, told in one sentence; 130 interrupted; else 1."""
     import click
@@ -354,6 +374,8 @@ def main(args: list[str]) -> int:
     try:
         if args[0] == "activations":
             harvest_layers(args[1], args[2:])
+        elif args[0] == "labels":
+            relabel(args[1])
         else:
             launch(args[0], args[1:])
     except sae_utils.UserError as error:

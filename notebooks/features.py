@@ -338,6 +338,11 @@ def card(saved: dict, latent: int, as_text, label: str = "", n: int = 5) -> str:
     return "<br>".join(lines)
 
 
+def title_of(sae: sae_utils.SAE) -> str:
+    """What stands above the page of a run's latents."""
+    return f"{sae.config['model_name']}, {sae.config['hook_name']}: {int((sae.density > 0).sum()):,} live latents"
+
+
 def packed(array) -> str:
     """An array's bytes, compressed, as text that a page can hold."""
     return base64.b64encode(gzip.compress(np.ascontiguousarray(array).tobytes(), 6, mtime=0)).decode()

@@ -190,6 +190,19 @@ def test_contexts_are_where_latents_fire(run):
     assert f"{live.sum():,} live latents" in page and len(page) < 15e6
 
 
+def test_names_come_onto_the_page_of_a_finished_run(run, capsys):
+    page, sae = run / "features.html", u.SAE.load(run / "sae.pth")
+    before, live = page.read_bytes(), int(sae.density.argmax())
+    (run / "labels.csv").write_text(f"{live},full <stops>\n")
+    assert experiment.main(["labels", str(run)]) == 0 and "1 of" in capsys.readouterr().out
+    text = page.read_text()
+    assert f'"{live}": "full \\u003cstops>"' in text and "<stops>" not in text
+    (run / "labels.csv").write_text("512,none\n")
+    assert experiment.main(["labels", str(run)]) == 2 and "valid latents are 0 to 511" in capsys.readouterr().err
+    (run / "labels.csv").unlink()
+    assert experiment.main(["labels", str(run)]) == 0 and page.read_bytes() == before  # without names it is the page the notebook wrote
+
+
 def test_the_patch_does_something_a_person_can_see(patch):
     result = read(patch / "patching.json")
     assert result["prompts"] == 10 and result["prompts_hit"] >= 8 and result["unedited_is_the_same_bits"]
@@ -308,7 +321,7 @@ def test_nothing_is_written_over(run, patch, capsys):
 
 def test_make_knows_its_jobs():
     help_text = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for job in "setup lab demo activations train patch sweep tensorboard test test-browser smoke bench bench-peers clean".split():
+    for job in "setup lab demo activations train patch labels sweep tensorboard test test-browser smoke bench bench-peers clean".split():
         assert f"make {job}" in help_text
     plan = ["make", "-n", "-o", ".venv/.ready", "sweep", "LAYERS=1 2", "L1S=1e-4 3e-4", "SWEEP=try", "P=-p epochs 3"]
     lines = [line for line in subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines() if "run_dir" in line]
