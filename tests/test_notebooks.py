@@ -126,6 +126,10 @@ def test_latents_match_variables_that_nothing_shows(run):
     known = metrics["known"]
     assert known["hidden"] >= 88 and known["found"]["trained"] >= 25
     assert known["found"]["untrained"] < 8 and known["found"]["pca"] < 8
+    table = list(csv.DictReader((run / "known.csv").open(encoding="utf-8")))
+    for name, n in known["found"].items():
+        assert sum(row["hidden"] == "True" and float(row[f"f1_{name}"]) >= 0.9 for row in table) == n
+    assert any(row["variable"] == "token" and row["value"] == "blue" for row in table)
     assert any(row["members_f1"] > row["class_f1"] + 0.2 for row in known["splits"])  # one latent for each colour, none for colours
     assert str(known["found"]["trained"]) in metrics["findings"][-1]
 
