@@ -274,17 +274,17 @@ def measured_effect(model, tokenizer, hook_name: str, sae: sae_utils.SAE, latent
 
     The latent is ablated wherever it fires in the window up to that token, everything else is kept
     (the SAE's error too), and the next token's log-probabilities are compared there. Returns the means
-    over the places: kl (clean ‖ ablated), and the k tokens that lose and gain most log-probability, as
-    [(token id, change in nats)], of those whose mean probability is at least 1/1000 before or after.
+    over the places: kl (clean ‖ ablated), and the k tokens whose mean probability falls and rises most, as
+    [(token id, change of the log of that mean)]; of tokens that hardly ever come the log-probability moves
+    a lot too, which says nothing.
     """
     prompts = [list(rows.windows[rows.window[row]][: rows.position[row] + 1]) for row in places.tolist()]
     clean = sae_utils.next_logprobs(model, prompts)
     with sae_utils.intervene(model, hook_name, sae, tokenizer, sae_utils.ablate([latent])):
         ablated = sae_utils.next_logprobs(model, prompts)
-    likely = (torch.maximum(clean.exp().mean(0), ablated.exp().mean(0)) > 1e-3).nonzero().flatten()
-    change = (ablated - clean)[:, likely].mean(0)
-    order = change.argsort()
-    listed = lambda index: [(int(likely[i]), change[i].item()) for i in index.tolist()]
+    before, after = clean.exp().double().mean(0), ablated.exp().double().mean(0)
+    order = (after - before).argsort()
+    listed = lambda index: [(i, (after[i] / before[i].clamp_min(1e-30)).log().item()) for i in index.tolist()]
     falls, rises = listed(order[:k]), listed(order.flip(0)[:k])
     return {
         "places": len(prompts), "kl": (clean.exp() * (clean - ablated)).sum(1).mean().item(),

@@ -32,10 +32,11 @@ def through_sae(sae: sae_utils.SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     return sae.denormalise(sae.decode_unit(acts), norm), (acts > 0).sum(-1)
 
 
-def through_components(mean: Tensor, components: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `through_sae`, from the rows of `components` (k, d_in), which are orthonormal."""
-    projected = (x.float() - mean) @ components.T
-    return projected @ components + mean, torch.full(x.shape[:-1], len(components), device=x.device)
+def through_components(sae: sae_utils.SAE, components: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `through_sae`, from the rows of `components` (k, d_in), which are orthonormal: projected in the SAE's
+    normalised units, so that the token's norm is given to both alike."""
+    x_unit, norm = sae.normalise(x)
+    return sae.denormalise(x_unit @ components.T @ components, norm), torch.full(x.shape[:-1], len(components), device=x.device)
 
 
 @torch.no_grad()
@@ -226,8 +227,8 @@ ARMS = {
     "mean_post_norm": "mean after\nthe norm", "mean": "mean", "zero": "zero",
 }  # fmt: skip
 FIGURES = {
-    "ce": ("CE (nats)", "{:.3f}"), "ce_increase": ("increase of CE", "{:+.3f}"), "kl": ("KL (nats)", "{:.4f}"),
-    "top1_changed": ("top-1 changed", "{:.1%}"), "ce_recovered": ("CE recovered, zero", "{:.3f}"), "ce_recovered_mean": ("CE recovered, mean", "{:.3f}"),
+    "ce": ("CE (nats)", "{:.3f}"), "ce_increase": ("increase of CE", "{:+.4f}"), "kl": ("KL (nats)", "{:.4f}"),
+    "top1_changed": ("top-1 changed", "{:.1%}"), "ce_recovered": ("CE recovered, zero", "{:.4f}"), "ce_recovered_mean": ("CE recovered, mean", "{:.4f}"),
     "fvu": ("FVU", "{:.4f}"), "cosine": ("cosine", "{:.3f}"), "norm_ratio": ("norm ratio", "{:.3f}"), "l0": ("L0", "{:.1f}"),
 }  # fmt: skip
 
@@ -242,7 +243,7 @@ def cells(figures: dict[str, dict]) -> list[list[str]]:
         if figures[arm][figure] is None:
             return "says nothing"
         value, low, high = (FIGURES[figure][1].format(v) for v in figures[arm][figure])
-        return value if low == high == value else f"{value}\n{low} to {high}"
+        return f"{value}\n{low} to {high}"
 
     names = [arm for arm in ARMS if arm in figures]
     return [["", *(ARMS[arm] for arm in names)], *([name, *(cell(arm, figure) for arm in names)] for figure, (name, _) in FIGURES.items())]

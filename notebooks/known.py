@@ -33,7 +33,7 @@ def read(folder: Path, rows, index: Tensor, as_text=None) -> tuple[list[dict], T
     fits = owners.max() < len(offsets) - 1
     word = offsets[owners[window]] + before[window] + rows.position[index].numpy() - 1 if fits else 0
     if not fits or np.any(word >= offsets[owners[window] + 1]):
-        raise sae_utils.UserError(f"{sae_utils.show_path(folder)}: its variables are not those of the text; `make clean` and `make tiny-model` make both anew.")
+        raise sae_utils.UserError(f"{sae_utils.show_path(folder)}: its variables are not those of the text, one for each token of this tokenizer.")
     facts, columns_of = [], []
     for variable, about in described.items():
         codes = torch.from_numpy(columns[variable][word])
@@ -95,6 +95,13 @@ def hidden(facts: list[dict], truth: Tensor, token_ids: Tensor, fewest: int = 10
     half = len(truth) // 2
     enough = torch.minimum(truth[:half].sum(0), truth[half:].sum(0)) >= fewest
     return torch.tensor([not fact["visible"] for fact in facts]) & enough & (by_token(token_ids, truth) < 0.7)
+
+
+def blind(facts_truth: Tensor, token_ids: Tensor) -> Tensor:
+    """(facts,) F1 of the better of two claims that know nothing else: the best rule over the current token,
+    and 'always'. On the second half of the rows."""
+    share = facts_truth[len(facts_truth) // 2 :].float().mean(0)
+    return torch.maximum(by_token(token_ids, facts_truth), 2 * share / (1 + share))
 
 
 def by_token(token_ids: Tensor, truth: Tensor) -> Tensor:

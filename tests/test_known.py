@@ -57,6 +57,8 @@ def test_rules_over_the_token_by_brute_force():
         mask = max(fit, key=fit.get)  # no set of tokens does better than those by share, a first so many of them
         chosen = torch.tensor([t for t in range(6) if mask >> t & 1])
         assert got[fact].item() == pytest.approx(plain_f1(torch.isin(token_ids[400:], chosen), truth[400:, fact]), abs=1e-6)
+    always = truth[400:].float().mean(0)
+    torch.testing.assert_close(known.blind(truth, token_ids), torch.maximum(got, 2 * always / (1 + always)))
     facts = [{"visible": False}, {"visible": False}]
     assert known.hidden(facts, truth, token_ids).tolist() == [bool(got[0] < 0.7), bool(got[1] < 0.7)]
     assert known.hidden(facts, truth, token_ids, fewest=10**6).tolist() == [False, False]
