@@ -242,8 +242,11 @@ def cells(figures: dict[str, dict]) -> list[list[str]]:
             return ""
         if figures[arm][figure] is None:
             return "says nothing"
-        value, low, high = (FIGURES[figure][1].format(v) for v in figures[arm][figure])
-        return f"{value}\n{low} to {high}"
+        pattern = FIGURES[figure][1]
+        if figure in ("ce_increase", "kl") and abs(figures[arm][figure][0]) >= 0.1:  # large ones need no fourth digit
+            pattern = pattern.replace(".4f", ".3f")
+        value, low, high = (pattern.format(v) for v in figures[arm][figure])
+        return f"{value}\n{low} to {high}".replace("\n+", "\n").replace("to +", "to ")
 
     names = [arm for arm in ARMS if arm in figures]
     return [["", *(ARMS[arm] for arm in names)], *([name, *(cell(arm, figure) for arm in names)] for figure, (name, _) in FIGURES.items())]

@@ -208,4 +208,4 @@ def test_a_ratio_that_says_nothing_is_said_so():
     assert table["sae"]["ce_recovered"] is None and table["sae"]["ce_increase"][0] == pytest.approx(0.3)
     lines = fidelity.cells(table)
     assert lines[0] == ["", "untouched", "this\nSAE", "mean", "zero"]
-    assert ["CE recovered, zero", "", "says nothing", "", ""] in lines and ["increase of CE", "", *(f"{v}\n{v} to {v}" for v in ("+0.3000", "+0.0010", "+0.0010"))] in lines
+    assert ["CE recovered, zero", "", "says nothing", "", ""] in lines and ["increase of CE", "", *(f"+{v}\n{v} to {v}" for v in ("0.300", "0.0010", "0.0010"))] in lines
