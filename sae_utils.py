@@ -6,7 +6,8 @@
     x_hat      = x_unit_hat * norm + mean
 
 Sections, in the order the data flows: small things, model, activations, SAE, training, metrics,
-editing, looking. notebooks/harvest.py brings text to the model and activations to the disk.
+looking. notebooks/harvest.py brings text to the model and activations to the disk;
+notebooks/editing.py edits latents while the model runs.
 Importing this module does nothing else.
 """
 
@@ -369,16 +370,19 @@ class SAE(nn.Module):
     def denormalise(self, x_unit: Tensor, norm: Tensor) -> Tensor:
         return x_unit * norm + self.mean
 
-    def encode_unit(self, x_unit: Tensor) -> Tensor:
-        """acts (…, d_sae) of normalised activations."""
+    def encode_unit(self, x_unit: Tensor, columns: Tensor | None = None) -> Tensor:
+        """acts (…, d_sae) of normalised activations; only those of the latents `columns` (n,), (…, n), where given."""
+        if self.architecture == "topk" and columns is not None:  # the other latents have a say
+            return self.encode_unit(x_unit)[..., columns]
+        of = slice(None) if columns is None else columns
         if self.apply_b_dec_to_input:
             x_unit = x_unit - self.b_dec
-        pre_acts = x_unit @ self.W_enc + self.b_enc
+        pre_acts = x_unit @ self.W_enc[:, of] + self.b_enc[of]
         if self.architecture == "topk":
             values, index = pre_acts.topk(self.k, sorted=False)
             return torch.zeros_like(pre_acts).scatter_(-1, index, values.relu())
         if self.jumps:
-            return torch.where(pre_acts > self.threshold, pre_acts, 0.0)
+            return torch.where(pre_acts > self.threshold[of], pre_acts, 0.0)
         return pre_acts.relu()
 
     def decode_unit(self, acts: Tensor) -> Tensor:
@@ -432,6 +436,17 @@ class SAE(nn.Module):
         sae.mean, sae.density, sae.max_act = saved["activation_mean"], saved["density"], saved["max_act"]
         sae.config = saved["config"]
         return sae.to(device).eval().requires_grad_(False)
+
+
+def check_latent(latent, d_sae: int) -> int:
+    """The latent's number. Raises UserError where it is no whole number from 0 to d_sae - 1."""
+    try:
+        number = -1 if isinstance(latent, bool) else operator.index(latent)
+    except TypeError:
+        number = -1
+    if not 0 <= number < d_sae:
+        raise UserError(f"latent {latent!r} is not one of this SAE: valid latents are 0 to {d_sae - 1}.")
+    return number
 
 
 # ---------------------------------------------------------------------------------------------
@@ -510,343 +525,6 @@ def post_norm_name(model, hook_name: str) -> str:
         return ""
     name = hook_name.rsplit(".mlp", 1)[0] + ".post_feedforward_layernorm"
     return name if name in dict(model.named_modules()) else ""
-
-
-# ---------------------------------------------------------------------------------------------
-# Editing latents while the model runs
-# ---------------------------------------------------------------------------------------------
-
-
-def check_latent(latent, d_sae: int) -> int:
-    """The latent's number. Raises UserError where it is no whole number from 0 to d_sae - 1."""
-    try:
-        number = -1 if isinstance(latent, bool) else operator.index(latent)
-    except TypeError:
-        number = -1
-    if not 0 <= number < d_sae:
-        raise UserError(f"latent {latent!r} is not one of this SAE: valid latents are 0 to {d_sae - 1}.")
-    return number
-
-
-class Edit:
-    """A patch, acts (…, d_sae) -> acts, that changes the latents `ids` alone: `change` sees acts[..., ids]
-    and returns as many. Such a patch can be worked out without encoding the other latents.
-    """
-
-    def __init__(self, ids, change):
-        ids = [ids] if isinstance(ids, int) else [int(i) if isinstance(i, Tensor) and i.dim() == 0 and not i.is_floating_point() else i for i in ids]
-        if len(set(map(repr, ids))) < len(ids):
-            raise UserError(f"a latent is named twice among {ids}: name each once.")
-        self.ids, self.change = ids, change
-
-    def index(self, acts_width: int, device) -> Tensor:
-        """The latents as a tensor. UserError where one is not of an SAE of this width."""
-        return torch.tensor([check_latent(i, acts_width) for i in self.ids], dtype=torch.long, device=device)
-
-    def change_among(self, few: list[int], acts: Tensor) -> Tensor:
-        """What the edit makes of acts (…, len(few)) of the latents `few`, its own among them."""
-        place = torch.tensor([few.index(i) for i in self.ids], dtype=torch.long, device=acts.device)
-        return acts.index_copy(-1, place, self.change(acts[..., place]))
-
-    def __call__(self, acts: Tensor) -> Tensor:
-        index = self.index(acts.shape[-1], acts.device)
-        return acts.index_copy(-1, index, self.change(acts[..., index]))
-
-
-def strength(value, what: str = "value"):
-    """`value`, a number or one for each latent. UserError where one is NaN or infinite."""
-    if not torch.isfinite(torch.as_tensor(value, dtype=torch.float64)).all():
-        raise UserError(f"{what} {value} is not a finite number: an edit needs one.")
-    return value
-
-
-def ablate(ids) -> Edit:
-    """A patch that silences the latents `ids`."""
-    return Edit(ids, torch.zeros_like)
-
-
-def amplify(ids, factor: float) -> Edit:
-    """A patch that multiplies the latents `ids` by `factor` where they fire."""
-    strength(factor, "factor")
-    return Edit(ids, lambda acts: acts * factor)
-
-
-def _level(ids, value, of: Tensor | None):
-    """acts -> a tensor to set or add: `value`, one number or one for each latent, in activations or
-    in units of `of` (d_sae), such as sae.max_act."""
-    strength(value)
-    edit = Edit(ids, None)  # reads ids in any of their forms
-
-    def level(acts: Tensor) -> Tensor:
-        values = torch.as_tensor(value, dtype=acts.dtype, device=acts.device)
-        unit = 1.0 if of is None else of.to(acts)[edit.index(len(of), acts.device)]
-        return (values * unit).expand_as(acts)
-
-    return edit.ids, level
-
-
-def set_value(ids, value, of: Tensor | None = None) -> Edit:
-    """A patch that sets the latents `ids` to `value`: one number, or one for each of them; in
-    activations, or with `of=sae.max_act` in multiples of each latent's largest activation."""
-    ids, level = _level(ids, value, of)
-    return Edit(ids, lambda acts: level(acts).contiguous())
-
-
-def add(ids, value, of: Tensor | None = None) -> Edit:
-    """A patch that adds `value`, as in `set_value`, to the latents `ids` wherever it is applied."""
-    ids, level = _level(ids, value, of)
-    return Edit(ids, lambda acts: acts + level(acts))
-
-
-def clamp(ids, low, high, of: Tensor | None = None) -> Edit:
-    """A patch that brings the latents `ids` between `low` and `high`, both as in `set_value`."""
-    ids, lowest = _level(ids, low, of)
-    _, highest = _level(ids, high, of)
-    if (torch.as_tensor(low) > torch.as_tensor(high)).any():
-        raise UserError(f"clamp from {low} to {high} leaves nothing between: give the smaller one first.")
-    return Edit(ids, lambda acts: acts.maximum(lowest(acts)).minimum(highest(acts)))
-
-
-def compose(*patches):
-    """One patch that applies the patches from left to right."""
-
-    def patch(acts: Tensor) -> Tensor:
-        for part in patches:
-            acts = part(acts)
-        return acts
-
-    if not all(isinstance(part, Edit) for part in patches):
-        return patch
-    ids = list(dict.fromkeys(i for part in patches for i in part.ids))
-
-    def change(acts: Tensor) -> Tensor:
-        for part in patches:
-            acts = part.change_among(ids, acts)
-        return acts
-
-    return Edit(ids, change)
-
-
-def dose(patch, amount: float):
-    """`amount` of a patch: acts + amount * (patch(acts) - acts). 0 is no edit, 1 the patch, 2 twice its change."""
-    strength(amount, "dose")
-    part = lambda change: lambda acts: acts + amount * (change(acts) - acts)
-    return Edit(patch.ids, part(patch.change)) if isinstance(patch, Edit) else part(patch)
-
-
-class TokenTracker:
-    """Knows, at each forward pass, which positions are text and which belong to the prompt.
-
-    A forward pre-hook on the model: it sees input_ids, attention_mask and the KV cache of every
-    call, so it holds through left padding and through generation token by token. `prompt_lengths`:
-    where the prompts end, BOS included, when whole texts are run; else what a call without a cache sees
-    is the prompt.
-    """
-
-    def __init__(self, tokenizer, prompt_lengths: list[int] | None = None):
-        self.special, self.bos, self.prompt_lengths = special_ids(tokenizer), tokenizer.bos_token_id, prompt_lengths
-        self.ids = self.text = self.index = self.prompt_length = None
-
-    def __call__(self, model, args, kwargs):
-        ids = self.ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]  # (batch, seq)
-        mask = kwargs.get("attention_mask")
-        cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        if mask is None:
-            mask = torch.ones(len(ids), past + ids.shape[1], device=ids.device)
-        self.index = (mask.long().cumsum(1) - 1)[:, -ids.shape[1] :]  # place in the sequence, padding not counted
-        if past == 0:
-            self.prompt_length = mask.long().sum(1, keepdim=True)
-            if self.prompt_lengths is not None:
-                self.prompt_length = torch.tensor(self.prompt_lengths, device=ids.device)[:, None]
-        self.text = mask[:, -ids.shape[1] :].bool() & ~torch.isin(ids, torch.tensor(self.special, device=ids.device))
-        if self.bos is None:
-            self.text &= self.index > 0
-
-    def where(self, scope) -> Tensor:
-        """(batch, seq) boolean: the text positions in `scope`.
-
-        "all", "prompt", "generated", "last" (the prompt's last token); a list of places in the
-        sequence, BOS being 0 and negative ones counted from the prompt's end; or a function of the
-        token ids (batch, seq) that tells where.
-        """
-        if callable(scope):
-            return self.text & scope(self.ids)
-        if isinstance(scope, str) and scope == "all":
-            return self.text
-        if scope in ("prompt", "generated"):
-            in_prompt = self.index < self.prompt_length
-            return self.text & (in_prompt if scope == "prompt" else ~in_prompt)
-        places = [-1] if scope == "last" else scope
-        if isinstance(places, str):
-            raise UserError(f"scope must be all, prompt, generated, last, a list of positions or a function of token ids, not {scope!r}.")
-        chosen = torch.zeros_like(self.text)
-        for place in places:
-            chosen |= self.index == (place if place >= 0 else self.prompt_length + place)
-        return self.text & chosen
-
-
-def at(positions: Tensor, x: Tensor) -> Tensor:
-    """A mask over (batch, seq) that broadcasts over x, also where a model flattens the two (OPT)."""
-    return positions.reshape(*x.shape[:-1], 1)
-
-
-class SAEIntervenableMLP(nn.Module):
-    """Stands where the MLP (or another module with one output) stood: the original runs, then the SAE.
-
-    patch: any function acts -> acts, or a list of (patch, scope), applied in that order; None: nothing is
-    edited. With `keep_error` the output is the module's own plus ((patched - acts) @ W_dec) * norm at the
-    tokens where something changed, so an empty patch is the identity bit for bit; without it the output
-    is the plain reconstruction. A bare wrapper edits every position; `intervene` gives it a tracker, so
-    that BOS, padding and what is outside `scope` are left alone. `mlp` is the original. With
-    `keep_acts`, `acts` and `patched` (batch, seq, d_sae) are those of the last forward pass.
-
-    Where only `Edit`s are applied and the other latents have no say in theirs (all architectures but
-    topk), only the edited latents are encoded.
-    """
-
-    def __init__(self, mlp: nn.Module, sae: SAE, patch=None, *, keep_error: bool = True, scope="all", tracker: TokenTracker | None = None, keep_acts: bool = False):
-        super().__init__()
-        self.mlp, self.training = mlp, mlp.training
-        object.__setattr__(self, "sae", sae)  # not a submodule: model.to(bfloat16) must not touch its float32
-        self.patches = patch if isinstance(patch, list) else [] if patch is None else [(patch, scope)]
-        self.keep_error, self.tracker, self.keep_acts, self.acts, self.patched = keep_error, tracker, keep_acts, None, None
-        self.few, self.columns = None, {}
-        if keep_error and not keep_acts and sae.architecture != "topk" and all(isinstance(part, Edit) for part, _ in self.patches):
-            self.few = list(dict.fromkeys(check_latent(i, sae.d_sae) for part, _ in self.patches for i in part.ids))
-
-    def forward(self, *args, **kwargs):
-        output = self.mlp(*args, **kwargs)
-        x = first_output(output)
-        edited = self.edit(x)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-    def apply_patches(self, acts: Tensor, x: Tensor) -> Tensor:
-        """acts after all patches, each within its scope. UserError where one returns something else than acts."""
-        for patch, scope in self.patches:
-            new = patch.change_among(self.few, acts) if self.few is not None else patch(acts)
-            if not isinstance(new, Tensor) or (new.shape, new.dtype, new.device) != (acts.shape, acts.dtype, acts.device):
-                got = f"{tuple(new.shape)}, {new.dtype}, {new.device}" if isinstance(new, Tensor) else type(new).__name__
-                raise UserError(f"a patch must return acts of the shape {tuple(acts.shape)}, {acts.dtype}, {acts.device}, as it was given them, not {got}.")
-            acts = torch.where(at(self.tracker.where(scope), x), new, acts) if self.tracker else new
-        return acts
-
-    def few_columns(self, device) -> tuple[Tensor, ...]:
-        """Encoder columns, biases, thresholds and decoder rows of the edited latents, gathered once for each device."""
-        if device not in self.columns:
-            sae, index = self.sae, torch.tensor(self.few, dtype=torch.long, device=device)
-            threshold = sae.threshold[index] if sae.jumps else torch.zeros(len(index), device=device)
-            self.columns = {device: (sae.W_enc[:, index].contiguous(), sae.b_enc[index], threshold, sae.W_dec[index])}
-        return self.columns[device]
-
-    def edit(self, x: Tensor) -> Tensor:
-        """The module's output x (batch, seq, d_in) with the SAE's edit, in x's dtype."""
-        if x.shape[-1] != self.sae.d_in:
-            raise UserError(f"the SAE is for activations {self.sae.d_in} wide, this module's are {x.shape[-1]} wide: it was trained at another place.")
-        if not self.patches and self.keep_error and not self.keep_acts:
-            return x
-        sae = self.sae.to(x.device)
-        x_unit, norm = sae.normalise(x)
-        if self.few is not None:
-            W_enc, b_enc, threshold, W_dec = self.few_columns(x.device)
-            pre_acts = (x_unit - sae.b_dec if sae.apply_b_dec_to_input else x_unit) @ W_enc + b_enc
-            acts = torch.where(pre_acts > threshold, pre_acts, 0.0)
-        else:
-            acts, W_dec = sae.encode_unit(x_unit), sae.W_dec
-        patched = self.apply_patches(acts, x)
-        if self.keep_acts:
-            self.acts, self.patched = acts, patched
-        if not self.keep_error:
-            reconstruction = sae.denormalise(sae.decode_unit(patched), norm).to(x.dtype)
-            return torch.where(at(self.tracker.text, x), reconstruction, x) if self.tracker else reconstruction
-        changed = (patched != acts) & ~(patched.isnan() & acts.isnan())
-        delta = ((patched - acts) @ W_dec) * norm
-        return torch.where(changed.any(-1, keepdim=True), x + delta.to(x.dtype), x)
-
-
-@contextmanager
-def intervene(model, hook_name: str, sae: SAE, tokenizer, patch=None, *, scope="all", keep_error: bool = True, keep_acts: bool = False, prompt_lengths=None):
-    """Puts SAEIntervenableMLP in place of the hooked module, and the module back when the context ends."""
-    trained_at = sae.config.get("hook_name", hook_name)
-    if trained_at != hook_name:
-        raise UserError(f"the SAE was trained at {trained_at}, not at {hook_name}: name that hook, or train one there.")
-    parent_name, _, child = hook_name.rpartition(".")
-    parent, original = model.get_submodule(parent_name), model.get_submodule(hook_name)
-    tracker = TokenTracker(tokenizer, prompt_lengths)
-    wrapper = SAEIntervenableMLP(original, sae, patch, keep_error=keep_error, scope=scope, tracker=tracker, keep_acts=keep_acts)
-    handle = model.register_forward_pre_hook(tracker, with_kwargs=True)
-    parent._modules[child] = wrapper
-    try:
-        yield wrapper
-    finally:
-        parent._modules[child] = original
-        handle.remove()
-
-
-@contextmanager
-def edit_output(model, module_name: str, edit, tokenizer):
-    """Replaces a module's output x by `edit(x)` at text tokens while the context lasts."""
-    tracker = TokenTracker(tokenizer)
-
-    def hook(module, args, output):
-        x = first_output(output)
-        x = torch.where(at(tracker.text, x), edit(x), x)
-        return (x, *output[1:]) if isinstance(output, tuple) else x
-
-    handles = [
-        model.register_forward_pre_hook(tracker, with_kwargs=True),
-        model.get_submodule(module_name).register_forward_hook(hook),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.inference_mode()
-def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[list[int]]:
-    """New token ids for each prompt (token ids, BOS included), batched with left padding.
-
-    Greedy at temperature 0; else sampled, the same for the same seed. Ends before EOS.
-    """
-    import transformers
-
-    ids, mask = pad(prompts, side="left", device=model.device)
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    settings = transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or None,
-        pad_token_id=0, eos_token_id=sorted(ends) or None, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
-    own, model.generation_config = model.generation_config, settings  # its own fills whatever is unset: penalties, top-k
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            out = model.generate(input_ids=ids, attention_mask=mask)
-    finally:
-        model.generation_config = own
-    new = out[:, ids.shape[1] :].tolist()
-    return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
-
-
-def batches(windows: list[list[int]], model, most: int = 32):
-    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32)."""
-    longest = max(map(len, windows), default=1)
-    size = max(1, min(most, 2**27 // (longest * model.config.get_text_config().vocab_size)))
-    for start in range(0, len(windows), size):
-        yield windows[start : start + size]
-
-
-@torch.inference_mode()
-def next_logprobs(model, prompts: list[list[int]]) -> Tensor:
-    """Log-probabilities (prompts, d_vocab) of the token after each prompt, float32 on the CPU."""
-    parts = []
-    for batch in batches(prompts, model):
-        ids, mask = pad(batch, device=model.device)  # on the right: absolute positions then need no help
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        parts.append(logits[torch.arange(len(ids)), mask.sum(1) - 1].float().log_softmax(-1).cpu())
-    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import editing
 import sae_utils
 from training import nonzero_flat
 
@@ -279,9 +280,9 @@ def measured_effect(model, tokenizer, hook_name: str, sae: sae_utils.SAE, latent
     a lot too, which says nothing.
     """
     prompts = [list(rows.windows[rows.window[row]][: rows.position[row] + 1]) for row in places.tolist()]
-    clean = sae_utils.next_logprobs(model, prompts)
-    with sae_utils.intervene(model, hook_name, sae, tokenizer, sae_utils.ablate([latent])):
-        ablated = sae_utils.next_logprobs(model, prompts)
+    clean = editing.next_logprobs(model, prompts)
+    with editing.intervene(model, hook_name, sae, tokenizer, editing.ablate([latent])):
+        ablated = editing.next_logprobs(model, prompts)
     before, after = clean.exp().double().mean(0), ablated.exp().double().mean(0)
     order = (after - before).argsort()
     listed = lambda index: [(i, (after[i] / before[i].clamp_min(1e-30)).log().item()) for i in index.tolist()]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import editing
 import sae_utils
 
 ROW_SUMS = ("rows", "error", "distance", "cosine", "norm_ratio", "active")
@@ -131,12 +132,12 @@ def text_sums(model, tokenizer, arms: dict, windows: list[list[int]], keep: Path
         if str(before["key"]) == key:
             done, sums, tokens = int(before["done"]), torch.from_numpy(before["sums"]), torch.from_numpy(before["tokens"])
             print(f"going on after {done:,} of {len(windows):,} windows")
-    for batch in sae_utils.batches(windows[done:], model):
+    for batch in editing.batches(windows[done:], model):
         ids, mask = sae_utils.pad(batch, device=model.device)
         predicted = mask[:, 1:].bool()
         owner = predicted.nonzero()[:, 0]
         for a, arm in enumerate(arms.values()):
-            with sae_utils.edit_output(model, *arm, tokenizer) if arm else nullcontext():
+            with editing.edit_output(model, *arm, tokenizer) if arm else nullcontext():
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             logprobs = logits[:, :-1][predicted].float().log_softmax(-1)  # (tokens, d_vocab)
             if a == 0:
@@ -158,7 +159,7 @@ def text_sums(model, tokenizer, arms: dict, windows: list[list[int]], keep: Path
 def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) -> Tensor:
     """Mean output (d,) of a module over the text tokens of the windows, in float64 inside."""
     total, count, special, bos = 0.0, 0, set(sae_utils.special_ids(tokenizer)), tokenizer.bos_token_id
-    for batch in sae_utils.batches(windows, model):
+    for batch in editing.batches(windows, model):
         out = sae_utils.run_to_hook(model, module_name, *sae_utils.pad(batch, device=model.device))
         for row, window in enumerate(batch):
             kept = out[row, [i for i, token in enumerate(window) if token not in special and (i > 0 or bos is not None)]]

@@ -2,13 +2,13 @@
 
 import json
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import yaml  # papermill's own
 from torch import Tensor
 
+import editing
 import sae_utils
 from sae_utils import UserError
 
@@ -72,11 +72,11 @@ def make_edit(latents: list[int], operation: str, max_act: Tensor, strength: flo
     latents = [sae_utils.check_latent(i, len(max_act)) for i in latents]
     of = max_act if unit == "max" else None
     return {
-        "ablate": lambda: sae_utils.ablate(latents),
-        "amplify": lambda: sae_utils.amplify(latents, strength),
-        "set_value": lambda: sae_utils.set_value(latents, strength, of),
-        "add": lambda: sae_utils.add(latents, strength, of),
-        "clamp": lambda: sae_utils.clamp(latents, low, high, of),
+        "ablate": lambda: editing.ablate(latents),
+        "amplify": lambda: editing.amplify(latents, strength),
+        "set_value": lambda: editing.set_value(latents, strength, of),
+        "add": lambda: editing.add(latents, strength, of),
+        "clamp": lambda: editing.clamp(latents, low, high, of),
     }[operation]()
 
 
@@ -145,8 +145,8 @@ def patches(edits: list[dict], sae: sae_utils.SAE, tokenizer, instead: dict[int,
 
 
 def dosed(pairs: list[tuple], amount: float) -> list[tuple]:
-    """The (patch, scope) pairs at `amount` of their strength (`sae_utils.dose`)."""
-    return [(sae_utils.dose(patch, amount), scope) for patch, scope in pairs]
+    """The (patch, scope) pairs at `amount` of their strength (`editing.dose`)."""
+    return [(editing.dose(patch, amount), scope) for patch, scope in pairs]
 
 
 def matched(sae: sae_utils.SAE, edited: list[int], avoid: list[int], n: int, seed: int) -> list[dict[int, int]]:
@@ -181,8 +181,8 @@ def matched(sae: sae_utils.SAE, edited: list[int], avoid: list[int], n: int, see
 
 def text_acts(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompt: list[int]) -> Tensor:
     """acts (seq, d_sae) on a prompt, zero at BOS and special tokens."""
-    with sae_utils.intervene(model, hook_name, sae, tokenizer, keep_acts=True) as wrapper:
-        sae_utils.next_logprobs(model, [prompt])
+    with editing.intervene(model, hook_name, sae, tokenizer, keep_acts=True) as wrapper:
+        editing.next_logprobs(model, [prompt])
         return torch.where(wrapper.tracker.text[0, :, None], wrapper.acts.reshape(len(prompt), -1), 0.0)
 
 
@@ -190,7 +190,7 @@ def text_acts(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompt: list
 def ablation_effects(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompt: list[int], token: int, latents: list[int]) -> Tensor:
     """(len(latents),) change of the log-probability of `token` after the prompt when each latent alone is
     ablated at all of its text tokens. Many in one batch, a latent for each row."""
-    clean, changes = sae_utils.next_logprobs(model, [prompt])[0, token], []
+    clean, changes = editing.next_logprobs(model, [prompt])[0, token], []
     for part in torch.tensor(latents, dtype=torch.long).split(32) if latents else ():
 
         def ablate_each(acts: Tensor, part=part) -> Tensor:
@@ -198,7 +198,7 @@ def ablation_effects(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
             rows[torch.arange(len(part)), :, part.to(acts.device)] = 0
             return rows.reshape(acts.shape)
 
-        with sae_utils.intervene(model, hook_name, sae, tokenizer, ablate_each):
+        with editing.intervene(model, hook_name, sae, tokenizer, ablate_each):
             ids, mask = sae_utils.pad([prompt] * len(part), device=model.device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1]
         changes.append(logits.float().log_softmax(-1)[:, token].cpu() - clean)
@@ -227,7 +227,7 @@ def gradient_effects(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
     with torch.no_grad():
         x = caught["x"].detach().reshape(len(prompt), -1)
         acts, (_, norm) = sae.encode(x), sae.normalise(x)
-        tracker = sae_utils.TokenTracker(tokenizer)
+        tracker = editing.TokenTracker(tokenizer)
         tracker(model, (), {"input_ids": ids, "attention_mask": mask})
         acts = torch.where(tracker.text[0, :, None], acts, 0.0)
         pushed = (gradient.reshape(len(prompt), -1).float() * norm) @ sae.W_dec.T  # (seq, d_sae)
@@ -250,17 +250,16 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 @torch.inference_mode()
-def logprobs_of(model, prompts: list[list[int]], continuations: list[list[int]], patched=None) -> list[Tensor]:
+def logprobs_of(model, prompts: list[list[int]], continuations: list[list[int]]) -> list[Tensor]:
     """For each prompt, log-probabilities (tokens of its continuation, d_vocab) before each of those tokens,
-    the continuation being given; float32 on the CPU. `patched`: lengths of the prompts -> a context, such as
-    `intervene` with these prompt_lengths."""
+    the continuation being given; float32 on the CPU. Inside `intervene` edits know where the prompts end."""
     texts, found = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)], []
-    for batch in sae_utils.batches(texts, model):
-        lengths = [len(prompt) for prompt in prompts[len(found) : len(found) + len(batch)]]
+    for batch in editing.batches(texts, model):
+        begun = prompts[len(found) : len(found) + len(batch)]
         ids, mask = sae_utils.pad(batch, device=model.device)
-        with patched(lengths) if patched else nullcontext():
+        with editing.stating(model, begun):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found += [row[n - 1 : len(text) - 1].float().log_softmax(-1).cpu() for row, n, text in zip(logits, lengths, batch, strict=True)]
+        found += [row[len(prompt) - 1 : len(text) - 1].float().log_softmax(-1).cpu() for row, prompt, text in zip(logits, begun, batch, strict=True)]
     return found
 
 

@@ -27,6 +27,7 @@ import tokenizers
 import torch
 import transformers
 
+import editing
 import features
 import harvest
 import sae_utils
@@ -451,13 +452,13 @@ def bench_patching(rounds: int, quick: bool) -> list[dict]:
     x = sae_utils.run_to_hook(model, hook, *sae_utils.pad(prompts, device=device)).flatten(0, 1).float()
     sae = sae_with_l0(hidden, d_sae, 50, torch.nn.functional.normalize(x - x.mean(0), dim=1))
     sae.mean.copy_(x.mean(0))
-    patch, rows = sae_utils.set_value([1, 77, 300], 2.0), []
+    patch, rows = editing.set_value([1, 77, 300], 2.0), []
 
     def ways(batch):
         def generate(patch=None):
             def way():
-                with sae_utils.intervene(model, hook, sae, tokenizer, patch) if patch else contextlib.nullcontext():
-                    sae_utils.generate(model, tokenizer, prompts[:batch], new)
+                with editing.intervene(model, hook, sae, tokenizer, patch) if patch else contextlib.nullcontext():
+                    editing.generate(model, tokenizer, prompts[:batch], new)
 
             return way
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import HOOK, gemma, gpt2, word_tokenizer
 
+import editing
 import patching
 import sae_utils as u
 
@@ -82,14 +83,15 @@ def test_texts_given_are_scored_token_by_token(case):
 def test_a_patch_knows_where_given_texts_begin(case, monkeypatch):
     """Scope "last" lands on the prompt's last token, whether the text is being written or given."""
     model, hook, tokenizer, sae, prompt, _ = case
-    prompts, patch = [prompt, prompt[:4]], u.set_value([6], 30.0)
-    with u.intervene(model, hook, sae, tokenizer, patch, scope="last"):
-        texts = u.generate(model, tokenizer, prompts, 5)
-        first = u.next_logprobs(model, prompts)
+    prompts, patch = [prompt, prompt[:4]], editing.set_value([6], 30.0)
+    with editing.intervene(model, hook, sae, tokenizer, patch, scope="last"):
+        texts = editing.generate(model, tokenizer, prompts, 5)
+        first = editing.next_logprobs(model, prompts)
     if not all(texts):
         texts = [text or [5] for text in texts]
-    monkeypatch.setattr(u, "batches", lambda windows, model: ([window] for window in windows))  # each batch has its own lengths
-    given = patching.logprobs_of(model, prompts, texts, lambda lengths: u.intervene(model, hook, sae, tokenizer, patch, scope="last", prompt_lengths=lengths))
+    monkeypatch.setattr(editing, "batches", lambda windows, model: ([window] for window in windows))  # each batch has its own lengths
+    with editing.intervene(model, hook, sae, tokenizer, patch, scope="last"):
+        given = patching.logprobs_of(model, prompts, texts)
     torch.testing.assert_close(torch.stack([g[0] for g in given]), first, rtol=1e-3, atol=1e-3)
 
 

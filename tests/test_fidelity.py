@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import HOOK, gemma, sentences, word_tokenizer
 
+import editing
 import fidelity
 import harvest
 import sae_utils as u
@@ -88,7 +89,7 @@ def test_without_bos_the_first_token_is_left_alone(sae, fresh_seed):
     tokenizer, model = word_tokenizer(with_bos=False), gemma()
     ids = torch.tensor([[5, 6, 7, 8]])
     before = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
-    with u.edit_output(model, HOOK, torch.zeros_like, tokenizer):
+    with editing.edit_output(model, HOOK, torch.zeros_like, tokenizer):
         after = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
     assert torch.equal(after[:, 0], before[:, 0]) and not after[:, 1:].any() and before[:, 1:].all()
     tokens, _ = harvest.cut_windows(tokenizer, sentences(10, seed=fresh_seed), 12, 10**6)

@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import editing
 import experiment
 import harvest
 import known
@@ -277,14 +278,14 @@ def test_edits_do_what_they_mean(matches):
         for ids, fell, rose in (([latent], took, brought), ([other[latent]], control_took, control_brought)):
 
             def change(prompts, patch):
-                before = u.next_logprobs(model, prompts)
-                with u.intervene(model, hook, sae, tokenizer, patch, scope="last"):
-                    return (u.next_logprobs(model, prompts) - before)[:, token].mean().item()
+                before = editing.next_logprobs(model, prompts)
+                with editing.intervene(model, hook, sae, tokenizer, patch, scope="last"):
+                    return (editing.next_logprobs(model, prompts) - before)[:, token].mean().item()
 
-            fell.append(change(due, u.ablate(ids)))
-            rose.append(change(of_kind, u.set_value(ids, 2 * sae.max_act[latent].item())))
+            fell.append(change(due, editing.ablate(ids)))
+            rose.append(change(of_kind, editing.set_value(ids, 2 * sae.max_act[latent].item())))
             if ids == [latent]:
-                assert change(elsewhere, u.ablate(ids)) == 0.0  # it is silent there: nothing is touched
+                assert change(elsewhere, editing.ablate(ids)) == 0.0  # it is silent there: nothing is touched
     median = lambda values: sorted(values)[len(values) // 2]
     assert median(took) < -0.1 and sum(t < -0.01 for t in took) >= 9 and median(brought) > 2 and sum(b > 1 for b in brought) >= 9
     assert abs(median(control_took)) < 0.05 and sum(b > c for b, c in zip(brought, control_brought, strict=True)) >= 10

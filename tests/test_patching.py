@@ -8,6 +8,7 @@ import torch
 import transformers
 from conftest import HOOK, gemma, gpt2
 
+import editing
 import sae_utils as u
 
 
@@ -39,11 +40,11 @@ class Same(torch.nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("patch", [None, lambda acts: acts, lambda acts: acts.clone(), u.ablate([]), u.compose()])
+@pytest.mark.parametrize("patch", [None, lambda acts: acts, lambda acts: acts.clone(), editing.ablate([]), editing.compose()])
 def test_empty_patch_is_the_identity_bit_for_bit(sae, patch, dtype):
     x = torch.randn(3, 5, 16).to(dtype)
     x[0, 0], x[0, 1], x[1, 2, 3], x[1, 3, 4], x[2, 0] = -0.0, float("inf"), float("nan"), -float("inf"), 0.0
-    out = u.SAEIntervenableMLP(Same(), sae, patch)(x)
+    out = editing.SAEIntervenableMLP(Same(), sae, patch)(x)
     assert out.dtype == dtype and torch.equal(integers(out), integers(x))
 
 
@@ -52,7 +53,7 @@ def test_empty_patch_leaves_the_model_as_it_is(tokenizer, sae, dtype):
     model = gemma().to(dtype)
     ids, mask = u.pad([[3, 5, 6, 7], [3, 9]], side="left")
     before = model(input_ids=ids, attention_mask=mask).logits
-    with u.intervene(model, HOOK, sae, tokenizer, lambda acts: acts.clone()):
+    with editing.intervene(model, HOOK, sae, tokenizer, lambda acts: acts.clone()):
         after = model(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(integers(before), integers(after))
 
@@ -61,7 +62,7 @@ def test_ablation_removes_direction_times_activation_times_norm(sae):
     x = torch.randn(4, 6, 16) * 3
     acts, (_, norm) = sae.encode(x), sae.normalise(x)
     latent = int((acts > 0).float().mean((0, 1)).sub(0.5).abs().argmin())  # fires on about half of the tokens
-    out = u.SAEIntervenableMLP(Same(), sae, u.ablate([latent]))(x)
+    out = editing.SAEIntervenableMLP(Same(), sae, editing.ablate([latent]))(x)
     removed = (acts[..., latent, None].double() * sae.W_dec[latent].double()) * norm.double()
     torch.testing.assert_close(x.double() - out.double(), removed, rtol=1e-4, atol=1e-5)
     silent = acts[..., latent] == 0
@@ -70,36 +71,38 @@ def test_ablation_removes_direction_times_activation_times_norm(sae):
 
 def test_operations_by_hand():
     acts = torch.tensor([[1.0, 0.0, 2.0, 3.0]])
-    assert u.ablate([0, 3])(acts).tolist() == [[0, 0, 2, 0]]
-    assert u.amplify(2, 2.5)(acts).tolist() == [[1, 0, 5, 3]]
-    assert u.set_value([0, 1], 7)(acts).tolist() == [[7, 7, 2, 3]]
-    assert u.set_value([1, 0], torch.tensor([5.0, 6.0]))(acts).tolist() == [[6, 5, 2, 3]]
-    assert u.compose(u.set_value([1], 1), u.amplify([1], 4))(acts).tolist() == [[1, 4, 2, 3]]
-    assert u.compose(u.amplify([1], 4), u.set_value([1], 1))(acts).tolist() == [[1, 1, 2, 3]]
-    assert u.add([1, 3], [0.5, -1])(acts).tolist() == [[1, 0.5, 2, 2]]
-    assert u.clamp([0, 1, 3], 0.5, 2)(acts).tolist() == [[1, 0.5, 2, 2]]
+    assert editing.ablate([0, 3])(acts).tolist() == [[0, 0, 2, 0]]
+    assert editing.amplify(2, 2.5)(acts).tolist() == [[1, 0, 5, 3]]
+    assert editing.set_value([0, 1], 7)(acts).tolist() == [[7, 7, 2, 3]]
+    assert editing.set_value([1, 0], torch.tensor([5.0, 6.0]))(acts).tolist() == [[6, 5, 2, 3]]
+    assert editing.compose(editing.set_value([1], 1), editing.amplify([1], 4))(acts).tolist() == [[1, 4, 2, 3]]
+    assert editing.compose(editing.amplify([1], 4), editing.set_value([1], 1))(acts).tolist() == [[1, 1, 2, 3]]
+    assert editing.add([1, 3], [0.5, -1])(acts).tolist() == [[1, 0.5, 2, 2]]
+    assert editing.clamp([0, 1, 3], 0.5, 2)(acts).tolist() == [[1, 0.5, 2, 2]]
     most = torch.tensor([10.0, 20.0, 30.0, 40.0])
-    assert u.set_value([3, 1], 0.5, most)(acts).tolist() == [[1, 10, 2, 20]]
-    assert u.add([3, 1], torch.tensor([1.0, 0.1]), most)(acts).tolist() == [[1, 2, 2, 43]]
-    assert u.clamp([2, 3], 0.1, 0.2, most)(acts).tolist() == [[1, 0, 3, 4]]
-    assert u.dose(u.amplify([2], 3), 0.5)(acts).tolist() == [[1, 0, 4, 3]] and u.dose(u.ablate([2]), 2)(acts).tolist() == [[1, 0, -2, 3]]
-    assert u.dose(lambda a: a + 1, 0.25)(acts).tolist() == [[1.25, 0.25, 2.25, 3.25]]
-    assert u.compose(u.ablate([0]), lambda a: a * 2)(acts).tolist() == [[0, 0, 4, 6]]
+    assert editing.set_value([3, 1], 0.5, most)(acts).tolist() == [[1, 10, 2, 20]]
+    assert editing.add([3, 1], torch.tensor([1.0, 0.1]), most)(acts).tolist() == [[1, 2, 2, 43]]
+    assert editing.clamp([2, 3], 0.1, 0.2, most)(acts).tolist() == [[1, 0, 3, 4]]
+    assert editing.dose(editing.amplify([2], 3), 0.5)(acts).tolist() == [[1, 0, 4, 3]]
+    assert editing.dose(editing.ablate([2]), 4)(acts).tolist() == [[1, 0, 0, 3]] and editing.dose(editing.ablate([2]), 0.25)(acts).tolist() == [[1, 0, 1.5, 3]]
+    assert editing.dose(editing.amplify([2], 0.5), 4)(acts).tolist() == [[1, 0, 0, 3]] and editing.dose(editing.add([2], -3.0), 2)(acts).tolist() == [[1, 0, -4, 3]]
+    assert editing.dose(lambda a: a + 1, 0.25)(acts).tolist() == [[1.25, 0.25, 2.25, 3.25]]
+    assert editing.compose(editing.ablate([0]), lambda a: a * 2)(acts).tolist() == [[0, 0, 4, 6]]
     assert acts.tolist() == [[1, 0, 2, 3]]  # never in place
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, -float("inf")]])
 def test_strengths_that_are_no_numbers_are_refused(value):
-    for make in (u.set_value, u.add, u.amplify, lambda ids, v: u.clamp(ids, v, v), lambda ids, v: u.dose(u.ablate(ids), v)):
+    for make in (editing.set_value, editing.add, editing.amplify, lambda ids, v: editing.clamp(ids, v, v), lambda ids, v: editing.dose(editing.ablate(ids), v)):
         with pytest.raises(u.UserError, match="not a finite number"):
             make([0, 1], value)
     with pytest.raises(u.UserError, match="leaves nothing between"):
-        u.clamp([0], 2.0, 1.0)
+        editing.clamp([0], 2.0, 1.0)
     with pytest.raises(u.UserError, match="named twice"):
-        u.set_value([3, 1, 3], 1.0)
+        editing.set_value([3, 1, 3], 1.0)
 
 
-@pytest.mark.parametrize("architecture", ["relu", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["relu", "topk", "batchtopk"])
 @pytest.mark.parametrize("apply_b_dec", [False, True])
 def test_encoding_the_edited_latents_alone_is_the_same(architecture, apply_b_dec):
     sae = u.SAE(16, 48, seed=3, architecture=architecture, k=8, apply_b_dec_to_input=apply_b_dec).requires_grad_(False)
@@ -108,40 +111,38 @@ def test_encoding_the_edited_latents_alone_is_the_same(architecture, apply_b_dec
     if architecture == "batchtopk":
         sae.threshold.uniform_(0, 0.3)
     x, most = torch.randn(5, 7, 16) * 2, torch.rand(48)
-    whole = u.compose(u.amplify([3, 40], 3.0), u.ablate([11]), u.add([40, 2], 0.7), u.clamp([5], 0.1, 0.2), u.set_value([47, 1], 2.0, most), u.dose(u.ablate([9]), 0.5))
-    few = u.SAEIntervenableMLP(Same(), sae, whole)
-    everything = u.SAEIntervenableMLP(Same(), sae, lambda acts: whole(acts))
+    whole = editing.compose(editing.amplify([3, 40], 3.0), editing.ablate([11]), editing.add([40, 2], 0.7), editing.clamp([5], 0.1, 0.2), editing.set_value([47, 1], 2.0, most), editing.dose(editing.ablate([9]), 0.5))
+    few = editing.SAEIntervenableMLP(Same(), sae, whole)
+    everything = editing.SAEIntervenableMLP(Same(), sae, lambda acts: whole(acts))
     assert few.few is not None and everything.few is None
     torch.testing.assert_close(few(x), everything(x), rtol=1e-4, atol=1e-5)
-    pairs = u.SAEIntervenableMLP(Same(), sae, [(u.amplify([3, 40], 3.0), "all"), (u.set_value([40], 1.0), "all")])
-    torch.testing.assert_close(pairs(x), u.SAEIntervenableMLP(Same(), sae, u.compose(u.amplify([3], 3.0), u.set_value([40], 1.0)))(x), rtol=1e-4, atol=1e-5)
-    sae.architecture = "topk"
-    assert u.SAEIntervenableMLP(Same(), sae, u.ablate([3])).few is None  # the others have a say there
+    pairs = editing.SAEIntervenableMLP(Same(), sae, [(editing.amplify([3, 40], 3.0), "all"), (editing.set_value([40], 1.0), "all")])
+    torch.testing.assert_close(pairs(x), editing.SAEIntervenableMLP(Same(), sae, editing.compose(editing.amplify([3], 3.0), editing.set_value([40], 1.0)))(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", [lambda a: a[..., :3], lambda a: a.double(), lambda a: a.sum(), lambda a: None, lambda a: a.to("meta")])
 def test_patches_that_return_something_else_are_refused(sae, wrong):
     with pytest.raises(u.UserError, match="a patch must return acts of the shape"):
-        u.SAEIntervenableMLP(Same(), sae, wrong)(torch.randn(2, 3, 16))
+        editing.SAEIntervenableMLP(Same(), sae, wrong)(torch.randn(2, 3, 16))
 
 
 def test_an_sae_of_another_place_is_refused(model, tokenizer, sae):
     sae.config = {"hook_name": HOOK}
-    with pytest.raises(u.UserError, match="was trained at model.layers.1.mlp.down_proj, not at model.layers.2"), u.intervene(model, HOOK.replace("1", "2"), sae, tokenizer):
+    with pytest.raises(u.UserError, match="was trained at model.layers.1.mlp.down_proj, not at model.layers.2"), editing.intervene(model, HOOK.replace("1", "2"), sae, tokenizer):
         pass
     narrow = u.SAE(12, 24).requires_grad_(False)
-    with pytest.raises(u.UserError, match="for activations 12 wide, this module's are 16 wide"), u.intervene(model, HOOK, narrow, tokenizer, u.ablate([0])):
+    with pytest.raises(u.UserError, match="for activations 12 wide, this module's are 16 wide"), editing.intervene(model, HOOK, narrow, tokenizer, editing.ablate([0])):
         model(torch.tensor([[3, 5]]))
 
 
 def test_acts_of_the_last_forward_when_asked(model, tokenizer, sae):
     ids = torch.tensor([[3, 5, 6, 7]])
     x = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
-    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([4], 5.0), keep_acts=True) as wrapper:
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([4], 5.0), keep_acts=True) as wrapper:
         model(ids)
         torch.testing.assert_close(wrapper.acts, sae.encode(x))
         assert (wrapper.patched[0, 1:, 4] == 5).all() and wrapper.patched[0, 0, 4] == wrapper.acts[0, 0, 4]
-    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([4], 5.0)) as wrapper:
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([4], 5.0)) as wrapper:
         model(ids)
         assert wrapper.acts is None and wrapper.mlp is not None
 
@@ -151,12 +152,12 @@ def test_two_layers_at_once(model, tokenizer, sae):
     before = [model.get_submodule(name) for name in (HOOK, other)]
     alone = []
     for name in (HOOK, other):
-        with u.intervene(model, name, sae, tokenizer, u.set_value([4], 30.0)):
+        with editing.intervene(model, name, sae, tokenizer, editing.set_value([4], 30.0)):
             alone.append(model(ids).logits)
-    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([4], 30.0)) as first, u.intervene(model, other, sae, tokenizer, u.set_value([4], 30.0)) as second:
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([4], 30.0)) as first, editing.intervene(model, other, sae, tokenizer, editing.set_value([4], 30.0)) as second:
         both = model(ids).logits
-        assert model.get_submodule(HOOK) is first and model.get_submodule(other) is second and first.mlp is before[0]
-        with u.intervene(model, HOOK, sae, tokenizer):  # and one upon the other
+        assert first.mlp is before[0] and second.mlp is before[1]
+        with editing.intervene(model, HOOK, sae, tokenizer):  # and one upon the other
             assert torch.equal(model(ids).logits, both)
     assert not torch.allclose(both, alone[0]) and not torch.allclose(both, alone[1])
     assert [model.get_submodule(name) for name in (HOOK, other)] == before
@@ -170,10 +171,10 @@ def test_an_empty_patch_leaves_every_family_as_it_is(family, dtype, tokenizer):
     sae = u.SAE(16, 40, seed=1).requires_grad_(False)
     ids, mask = u.pad([[3, 5, 6, 7], [3, 9]], side="left")
     before = model(input_ids=ids, attention_mask=mask).logits
-    for patch in (lambda acts: acts.clone(), u.ablate([]), [(u.amplify([3, 7], 1.0), "all")]):
-        with u.intervene(model, hook, sae, tokenizer, patch) as wrapper:
+    for patch in (lambda acts: acts.clone(), editing.ablate([]), [(editing.amplify([3, 7], 1.0), "all")]):
+        with editing.intervene(model, hook, sae, tokenizer, patch) as wrapper:
             assert torch.equal(integers(model(input_ids=ids, attention_mask=mask).logits), integers(before)) and not wrapper.training
-    with u.intervene(model, hook, sae, tokenizer, u.set_value([3], 50.0)):
+    with editing.intervene(model, hook, sae, tokenizer, editing.set_value([3], 50.0)):
         after = model(input_ids=ids, attention_mask=mask).logits
     assert after.dtype == dtype and not torch.equal(after, before)
 
@@ -181,27 +182,27 @@ def test_an_empty_patch_leaves_every_family_as_it_is(family, dtype, tokenizer):
 def test_latents_may_be_any_whole_numbers():
     acts = torch.ones(1, 4)
     for ids in (2, [2], torch.tensor([2]), np.array([2]), range(2, 3), {2}):
-        assert u.ablate(ids)(acts).tolist() == [[1, 1, 0, 1]]
+        assert editing.ablate(ids)(acts).tolist() == [[1, 1, 0, 1]]
 
 
 @pytest.mark.parametrize("latent", [-1, 4, 2.5, True, "2"])
 def test_latents_outside_the_sae_are_refused(latent):
     with pytest.raises(u.UserError, match="valid latents are 0 to 3"):
-        u.ablate([latent])(torch.zeros(1, 4))
+        editing.ablate([latent])(torch.zeros(1, 4))
 
 
 def test_plain_reconstruction(sae):
     x = torch.randn(4, 6, 16)
-    torch.testing.assert_close(u.SAEIntervenableMLP(Same(), sae, keep_error=False)(x), sae(x))
-    out = u.SAEIntervenableMLP(Same(), sae, u.ablate([1]), keep_error=False)(x)
+    torch.testing.assert_close(editing.SAEIntervenableMLP(Same(), sae, keep_error=False)(x), sae(x))
+    out = editing.SAEIntervenableMLP(Same(), sae, editing.ablate([1]), keep_error=False)(x)
     x_unit, norm = sae.normalise(x)
-    torch.testing.assert_close(out, sae.denormalise(sae.decode_unit(u.ablate([1])(sae.encode_unit(x_unit))), norm))
+    torch.testing.assert_close(out, sae.denormalise(sae.decode_unit(editing.ablate([1])(sae.encode_unit(x_unit))), norm))
 
 
 def edited_positions(model, tokenizer, sae, scope, prompts, new=4):
     """For each forward pass, the (row, place in the sequence, token) that an edit changed."""
     seen = []
-    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([5], 9.0), scope=scope) as wrapper:
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([5], 9.0), scope=scope) as wrapper:
         original = wrapper.edit
 
         def spy(x):
@@ -213,7 +214,7 @@ def edited_positions(model, tokenizer, sae, scope, prompts, new=4):
         wrapper.edit = spy
         own, model.generation_config = model.generation_config, transformers.GenerationConfig()
         endless = types.SimpleNamespace(bos_token_id=tokenizer.bos_token_id, eos_token_id=None)  # so that the length is known
-        texts = [prompt + more for prompt, more in zip(prompts, u.generate(model, endless, prompts, new), strict=True)]
+        texts = [prompt + more for prompt, more in zip(prompts, editing.generate(model, endless, prompts, new), strict=True)]
         model.generation_config = own
     return seen, texts
 
@@ -246,15 +247,15 @@ def test_where_each_scope_lands(model, tokenizer, sae, name):
 @pytest.mark.parametrize("name", SCOPES)
 def test_batched_results_equal_single_ones_in_each_scope(model, tokenizer, sae, name):
     prompts = [[3, 5, 6, 7, 8, 9, 10], [3, 9, 20], [3, 12, 13, 6]]
-    with u.intervene(model, HOOK, sae, tokenizer, u.set_value([7], 40.0), scope=SCOPES[name][0]):
-        together = u.generate(model, tokenizer, prompts, 6)
-        assert together == [u.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([7], 40.0), scope=SCOPES[name][0]):
+        together = editing.generate(model, tokenizer, prompts, 6)
+        assert together == [editing.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
 
 
 def test_each_patch_has_its_own_scope(model, tokenizer, sae):
     ids = torch.tensor([[3, 5, 6, 7, 8]])
-    pairs = [(u.set_value([4], 5.0), "last"), (u.set_value([9], 3.0), [1, 2]), (lambda acts: acts * 2, lambda tokens: tokens == 6)]
-    with u.intervene(model, HOOK, sae, tokenizer, pairs, keep_acts=True) as wrapper:
+    pairs = [(editing.set_value([4], 5.0), "last"), (editing.set_value([9], 3.0), [1, 2]), (lambda acts: acts * 2, lambda tokens: tokens == 6)]
+    with editing.intervene(model, HOOK, sae, tokenizer, pairs, keep_acts=True) as wrapper:
         model(ids)
         acts, patched = wrapper.acts[0], wrapper.patched[0]
     expected = acts.clone()
@@ -266,45 +267,45 @@ def test_each_patch_has_its_own_scope(model, tokenizer, sae):
 
 def test_batched_patched_generation_equals_single(model, tokenizer, sae):
     prompts = [[3, 5, 6, 7, 8, 9, 10], [3, 9, 10], [3, 12, 13, 14]]
-    untouched, texts = u.generate(model, tokenizer, prompts, 8), []
+    untouched, texts = editing.generate(model, tokenizer, prompts, 8), []
     for latent in range(48):
-        with u.intervene(model, HOOK, sae, tokenizer, u.set_value([latent], 40.0)):
-            texts.append(u.generate(model, tokenizer, prompts, 8))
-            assert texts[-1] == [u.generate(model, tokenizer, [p], 8)[0] for p in prompts]
-            alone = torch.cat([u.next_logprobs(model, [p]) for p in prompts])
-            torch.testing.assert_close(u.next_logprobs(model, prompts), alone, rtol=1e-4, atol=1e-4)
+        with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([latent], 40.0)):
+            texts.append(editing.generate(model, tokenizer, prompts, 8))
+            assert texts[-1] == [editing.generate(model, tokenizer, [p], 8)[0] for p in prompts]
+            alone = torch.cat([editing.next_logprobs(model, [p]) for p in prompts])
+            torch.testing.assert_close(editing.next_logprobs(model, prompts), alone, rtol=1e-4, atol=1e-4)
     assert any(text != untouched for text in texts)
 
 
 def test_a_batch_of_prompts_equals_one_at_a_time_with_absolute_positions(tokenizer):
     model, prompts = gpt2(), [[3, 5, 6, 7, 8, 9, 10], [3, 9, 10], [3, 12, 13, 14]]
-    alone = torch.cat([u.next_logprobs(model, [p]) for p in prompts])
-    torch.testing.assert_close(u.next_logprobs(model, prompts), alone, rtol=1e-4, atol=1e-4)
+    alone = torch.cat([editing.next_logprobs(model, [p]) for p in prompts])
+    torch.testing.assert_close(editing.next_logprobs(model, prompts), alone, rtol=1e-4, atol=1e-4)
     by_hand = torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in prompts])
     torch.testing.assert_close(alone, by_hand, rtol=1e-4, atol=1e-4)
-    assert u.generate(model, tokenizer, prompts, 6) == [u.generate(model, tokenizer, [p], 6)[0] for p in prompts]
+    assert editing.generate(model, tokenizer, prompts, 6) == [editing.generate(model, tokenizer, [p], 6)[0] for p in prompts]
 
 
 def test_generation_ignores_the_models_own_habits(model, tokenizer):
     prompts = [[3, 5, 6, 7]]
-    plain, own = u.generate(model, tokenizer, prompts, 8), model.generation_config
-    draws = [u.generate(model, tokenizer, prompts, 8, temperature=2.0, seed=s) for s in range(4)]
+    plain, own = editing.generate(model, tokenizer, prompts, 8), model.generation_config
+    draws = [editing.generate(model, tokenizer, prompts, 8, temperature=2.0, seed=s) for s in range(4)]
     try:
         model.generation_config = transformers.GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, top_k=1)
-        assert u.generate(model, tokenizer, prompts, 8) == plain
-        assert [u.generate(model, tokenizer, prompts, 8, temperature=2.0, seed=s) for s in range(4)] == draws
+        assert editing.generate(model, tokenizer, prompts, 8) == plain
+        assert [editing.generate(model, tokenizer, prompts, 8, temperature=2.0, seed=s) for s in range(4)] == draws
     finally:
         model.generation_config = own
 
 
 def test_temperature_spreads_the_choice(model, tokenizer):
-    draw = lambda t: {str(u.generate(model, tokenizer, [[3, 5, 6, 7]], 3, temperature=t, seed=s)) for s in range(12)}
-    assert draw(1e-4) == {str(u.generate(model, tokenizer, [[3, 5, 6, 7]], 3))} and len(draw(50.0)) > 6
+    draw = lambda t: {str(editing.generate(model, tokenizer, [[3, 5, 6, 7]], 3, temperature=t, seed=s)) for s in range(12)}
+    assert draw(1e-4) == {str(editing.generate(model, tokenizer, [[3, 5, 6, 7]], 3))} and len(draw(50.0)) > 6
 
 
 def test_sampling_repeats_with_its_seed(model, tokenizer):
     prompts = [[3, 5, 6, 7]]
-    draw = lambda seed: u.generate(model, tokenizer, prompts, 12, temperature=1.5, seed=seed)
+    draw = lambda seed: editing.generate(model, tokenizer, prompts, 12, temperature=1.5, seed=seed)
     state = torch.random.get_rng_state()
     assert draw(1) == draw(1) and len({str(draw(s)) for s in range(6)}) > 1
     assert torch.equal(state, torch.random.get_rng_state())
@@ -313,16 +314,62 @@ def test_sampling_repeats_with_its_seed(model, tokenizer):
 def test_the_module_comes_back_even_after_an_exception(model, tokenizer, sae):
     original, ids = model.get_submodule(HOOK), torch.tensor([[3, 5, 6]])
     before = model(ids).logits
-    with pytest.raises(KeyError), u.intervene(model, HOOK, sae, tokenizer, u.ablate([0])):
-        assert isinstance(model.get_submodule(HOOK), u.SAEIntervenableMLP)
+    with pytest.raises(KeyError), editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([0], 50.0)):
+        assert not torch.equal(model(ids).logits, before)
         raise KeyError
-    assert model.get_submodule(HOOK) is original and not model._forward_pre_hooks
+    assert model.get_submodule(HOOK) is original and not any((model._forward_pre_hooks, model._forward_hooks, original._forward_hooks))
     assert torch.equal(model(ids).logits, before)
+
+
+def test_contexts_may_end_in_any_order(model, tokenizer, sae):
+    ids, other = torch.tensor([[3, 5, 6, 7]]), HOOK.replace("1", "2")
+    enter = lambda hook, latent: editing.intervene(model, hook, sae, tokenizer, editing.set_value([latent], 50.0))
+    before, alone = model(ids).logits, []
+    for latent in (3, 4):
+        with enter(HOOK, latent):
+            alone.append(model(ids).logits)
+    first, second, third = enter(HOOK, 3), enter(HOOK, 4), enter(other, 4)
+    for context in (first, second, third):
+        context.__enter__()
+    first.__exit__(None, None, None)
+    third.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, alone[1])
+    second.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_inside_the_context_the_models_weights_are_its_own(model, tokenizer, sae, tmp_path):
+    names, weight = list(model.state_dict()), model.get_submodule(HOOK).weight
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([0], 50.0)):
+        assert list(model.state_dict()) == names and model.get_submodule(HOOK).weight is weight
+        model.save_pretrained(tmp_path / "inside")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "inside")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("patch", [lambda: editing.amplify([3, 7, 9], 2.0), lambda: (lambda acts: acts * 1.5)])
+def test_gradients_pass_through_an_edit_twice(sae, patch):
+    """With respect to the activation, the encoder and the decoder, in float64 beside autograd of the formula written out."""
+    sae = sae.requires_grad_(True)
+    x = (torch.randn(2, 5, 16) * 2).requires_grad_()
+    layer = editing.SAEIntervenableMLP(Same(), sae, patch())
+    leaves = [x, sae.W_enc, sae.W_dec, sae.b_enc]
+    once = torch.autograd.grad(layer(x).square().sum(), leaves, create_graph=True)
+    again = torch.autograd.grad(layer(x).square().sum(), leaves)
+    x64, W_enc, W_dec, b_enc = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    centred = x64 - sae.mean.double()
+    norm = centred.norm(dim=-1, keepdim=True)
+    acts = (centred / norm @ W_enc + b_enc).relu()
+    out = x64 + (patch()(acts) - acts) @ W_dec * norm
+    for mine, repeated, theirs in zip(once, again, torch.autograd.grad(out.square().sum(), [x64, W_enc, W_dec, b_enc]), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(mine, repeated)
+    assert torch.autograd.grad(once[0].square().sum(), x)[0].abs().sum() > 0  # and once more through the gradient
 
 
 def test_sae_stays_float32_when_the_model_is_cast(tokenizer, sae):
     model = gemma()
-    with u.intervene(model, HOOK, sae, tokenizer, u.ablate([0])) as wrapper:
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.ablate([0])) as wrapper:
         model.to(torch.bfloat16)
         assert wrapper.sae.W_enc.dtype == torch.float32
         assert model(torch.tensor([[3, 5, 6]])).logits.dtype == torch.bfloat16
@@ -335,7 +382,7 @@ def test_a_module_that_returns_a_tuple(tokenizer, sae):
             return x, "more"
 
     x = torch.randn(1, 4, 16)
-    out, more = u.SAEIntervenableMLP(Pair(), sae, u.set_value([0], 2.0))(x)
+    out, more = editing.SAEIntervenableMLP(Pair(), sae, editing.set_value([0], 2.0))(x)
     assert more == "more" and not torch.equal(out, x)
 
 
@@ -343,7 +390,7 @@ def test_the_norm_after_the_mlp_can_be_edited_as_well(model, tokenizer, sae):
     norm, ids = "model.layers.1.post_feedforward_layernorm", torch.tensor([[3, 5, 6, 7]])
     before, original = model(ids).logits, model.get_submodule(norm)
     x = u.run_to_hook(model, norm, ids, None)
-    with u.intervene(model, norm, sae, tokenizer, u.set_value([4], 3.0)) as wrapper:
+    with editing.intervene(model, norm, sae, tokenizer, editing.set_value([4], 3.0)) as wrapper:
         after = u.run_to_hook(model, norm, ids, None)
         assert wrapper.mlp is original and not torch.equal(model(ids).logits, before)
     expected = (3 - sae.encode(x)[..., 4, None]) * sae.W_dec[4] * sae.normalise(x)[1]
