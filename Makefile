@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
+UV ?= uv
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -23,25 +24,45 @@ export OMP_NUM_THREADS ?= $(shell n=$$(( ($(CORES) + 1) / 2 / $(JOBS) )); echo $
 export TOKENIZERS_PARALLELISM ?= false
 export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
 
+# $(call tests,ENVIRONMENT,WHICH): two files side by side, with one thread each, the longest first.
+define tests
+	@$(1)/bin/python -c 'import torch, transformers, datasets; print(f"torch {torch.__version__}, transformers {transformers.__version__}, datasets {datasets.__version__}")'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(2)
+endef
+
 .PHONY: help
 help: ## list the jobs
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(READY): requirements.txt
+# $(call environment,FOLDER,FILE,PIP FLAGS): an environment in FOLDER with the packages of FILE. torch comes first where
+# TORCH_INDEX says from where, so that no GPU package is pulled on a machine that asks for CPU wheels.
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Error: Python 3.11 or later is needed, this is {sys.version.split()[0]}: make setup PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(PY) -m pip install --quiet --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
-	$(PY) -m pip install --quiet --requirement requirements.txt
-	@echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sae_utils.pth"
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(if $(TORCH_INDEX),$(1)/bin/python -m pip install --quiet --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
+	$(1)/bin/python -m pip install --quiet $(3) --requirement $(2)
+	@echo '$(CURDIR)' > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sae_utils.pth"
 	@mkdir -p $(IPYTHONDIR)/profile_default
 	@echo 'c.IPKernelApp.log_level = 40  # no warning about the transport of a local kernel' > $(IPYTHONDIR)/profile_default/ipython_kernel_config.py
+endef
+
+NEWEST := --upgrade --upgrade-strategy eager
+.PHONY: always
+$(READY): requirements.txt requirements.lock $(if $(LATEST),always)
+	$(call environment,$(VENV),$(if $(LATEST),requirements.txt,requirements.lock),$(if $(LATEST),$(NEWEST)))
 	@if [ -d .git ]; then \
 	  git config filter.nbstripout.clean 'sh -c "if [ -x $(VENV)/bin/nbstripout ]; then $(VENV)/bin/nbstripout --keep-id; else cat; fi"'; \
 	  git config filter.nbstripout.smudge cat; fi
 	@touch $@
 
-.PHONY: setup
-setup: $(READY) ## make the environment (without a GPU: TORCH_INDEX=<PyTorch's index of CPU wheels>)
+.PHONY: setup lock
+setup: $(READY) ## make the environment, from requirements.lock (LATEST=1: the newest packages that requirements.txt allows; without a GPU: TORCH_INDEX=<PyTorch's index of CPU wheels>)
+
+# For all platforms and Python 3.11 to 3.13. What CUDA builds of torch need they ask for themselves.
+lock: ## write requirements.lock anew from requirements.txt (needs uv)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header requirements.txt --output-file .lock.new > /dev/null
+	{ echo '# Every package at the version that was tested; `make lock` writes it from requirements.txt.'; grep -vE '^(nvidia|cuda|triton)[-=]' .lock.new; } > .lock.whole
+	mv .lock.whole requirements.lock && rm .lock.new
 
 .PHONY: lab
 lab: $(READY) ## open the notebooks in Jupyter
@@ -97,17 +118,29 @@ $(CELLS): sweep-activations
 tensorboard: $(READY) ## watch all runs
 	$(VENV)/bin/tensorboard --logdir runs
 
-.PHONY: test
+.PHONY: test test-latest test-oldest
 test: $(READY) ## all tests, the notebooks on the tiny model included
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests
+	$(call tests,$(VENV),tests/test_notebooks.py tests)
+
+# Canaries: the newest and the oldest packages that requirements.txt allows, each in an environment of its own.
+# Tests that check our arithmetic once more, or a kill at another moment, tell nothing about a package.
+test-latest: ## the tests with the newest packages that requirements.txt allows
+	$(call environment,.venv-latest,requirements.txt,$(NEWEST))
+	$(call tests,.venv-latest,-m "not repeats" tests/test_notebooks.py tests)
+
+test-oldest: ## the tests with the oldest packages that requirements.txt allows
+	sed -n 's/>=\([0-9.]*\),.*/==\1/p; /^torch==/p' requirements.txt > .oldest.txt
+	$(call environment,.venv-oldest,.oldest.txt)
+	rm .oldest.txt
+	$(call tests,.venv-oldest,-m "not repeats" tests/test_notebooks.py tests)
 
 .PHONY: test-browser
 test-browser: $(READY) ## search and click through a run's features.html in headless chromium: [RUN=demo]
 	$(PY) tests/browser.py runs/$(or $(RUN),demo)/features.html
 
 .PHONY: smoke
-smoke: $(READY) ## only the notebooks on the tiny model
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests/test_notebooks.py
+smoke: $(READY) ## only the notebooks, on the tiny model
+	$(call tests,$(VENV),tests/test_notebooks.py)
 
 PART ?=
 .PHONY: bench bench-peers

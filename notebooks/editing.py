@@ -174,7 +174,7 @@ class TokenTracker:
     """
 
     def __init__(self, tokenizer, prompt_lengths: list[int] | None = None):
-        self.special, self.bos, self.prompt_lengths = torch.tensor(special_ids(tokenizer)), tokenizer.bos_token_id, prompt_lengths
+        self.tokenizer, self.special, self.bos, self.prompt_lengths = tokenizer, torch.tensor(special_ids(tokenizer)), tokenizer.bos_token_id, prompt_lengths
         self.sequences: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # KV cache -> Sequence
         self.sequence = self.ids = self.text = self.index = self.earlier = self.names = None
         self.past, self.in_call, self.unknown = 0, False, ""
@@ -284,8 +284,7 @@ class TokenTracker:
             there = new & (index < length)
             if not ((ids == whole.gather(1, index.clamp(0, whole.shape[1] - 1))) | ~there).all():
                 raise refusal("the model was given other prompts than were stated", "generate with editing.generate")
-            special = set(self.special.tolist())
-            return length, column([max((i for i, token in enumerate(p) if token not in special and (i or self.bos is not None)), default=-1) for p in stated]), True
+            return length, column([last_text(prompt, self.tokenizer) for prompt in stated]), True
         if self.prompt_lengths is not None:
             if len(self.prompt_lengths) != len(ids):
                 raise refusal(f"there are {len(self.prompt_lengths)} prompt_lengths, and the call has {len(ids)} texts", "give one for each row of the batch")
@@ -340,6 +339,12 @@ class TokenTracker:
     def reached(self) -> list[int]:
         """At how many positions the edits reached each text of the sequence that was run last."""
         return self.sequence.reached.sum(1).tolist() if self.sequence else []
+
+
+def last_text(prompt: list[int], tokenizer) -> int:
+    """The place of a prompt's last token that is text; -1 where there is none."""
+    special = set(special_ids(tokenizer))
+    return max((i for i, token in enumerate(prompt) if token not in special and (i > 0 or tokenizer.bos_token_id is not None)), default=-1)
 
 
 def refusal(what: str, instead: str) -> UserError:

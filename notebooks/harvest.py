@@ -271,6 +271,20 @@ def model_fingerprint(model_name: str, commit: str) -> str:
     return digest_of_files(sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")))
 
 
+def model_commit(model_name: str, revision: str) -> str:
+    """The commit of a hub model that was loaded: the folder of the hub's cache in which its config lies. UserError where it cannot be told: rows of two commits would pass for each other."""
+    if resolve(model_name).is_dir() or re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    import huggingface_hub
+
+    config = huggingface_hub.try_to_load_from_cache(model_name, "config.json", revision=revision or None)
+    commit = Path(config).parent.name if isinstance(config, str) else ""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        version = huggingface_hub.__version__
+        raise UserError(f"the commit of {model_name} cannot be told from the cache (huggingface_hub {version}): give its 40 digits as model_revision, or name a local folder.")
+    return commit
+
+
 def tokenizer_digest(tokenizer, chat: bool) -> str:
     """A digest of the vocabulary and rules, and of the chat template where it is used."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -283,7 +297,7 @@ def tokenizer_digest(tokenizer, chat: bool) -> str:
 def as_loaded(params: dict, model, tokenizer, text: Text) -> dict:
     """The parameters with what they came to: the model's commit and precision, and digests of the
     model, the tokenizer and the text."""
-    commit = getattr(model.config, "_commit_hash", None) or params["model_revision"]
+    commit = model_commit(params["model_name"], params["model_revision"])
     if params["chat"] and not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {params['model_name']} has no chat template: use an instruct model, or chat false.")
     return params | {

@@ -144,6 +144,20 @@ def patches(edits: list[dict], sae: sae_utils.SAE, tokenizer, instead: dict[int,
     return pairs
 
 
+def check_reached(positions: list[int], prompts: list[str], edits: list[dict]) -> None:
+    """UserError where the edits reached no position of a prompt's text, which is then no experiment."""
+    scopes = ", ".join(dict.fromkeys(str(edit.get("scope", "all")) for edit in edits))
+    for number, (count, prompt) in enumerate(zip(positions, prompts, strict=True), 1):
+        if count == 0:
+            raise UserError(f"prompt {number} (…{prompt[-40:]!r}) is edited at no position: scope {scopes} reaches none of its text; choose another scope, or another prompt.")
+
+
+def spread(counts: list[int]) -> str:
+    """'1 position', '4 positions', '3 to 7 positions'."""
+    low, high = min(counts), max(counts)
+    return f"{low if low == high else f'{low} to {high}'} position{'s' if high > 1 else ''}"
+
+
 def dosed(pairs: list[tuple], amount: float) -> list[tuple]:
     """The (patch, scope) pairs at `amount` of their strength (`editing.dose`)."""
     return [(editing.dose(patch, amount), scope) for patch, scope in pairs]

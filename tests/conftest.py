@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
@@ -52,6 +52,10 @@ def gemma(seed: int = 0) -> transformers.Gemma3ForCausalLM:
     for name, parameter in model.named_parameters():  # the default 0.02 leaves every layer's output near zero
         torch.nn.init.normal_(parameter, std=0.3 if "norm" in name else parameter.shape[-1] ** -0.5)
     return model.eval().requires_grad_(False)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "repeats: tells nothing more about other versions of the packages (make test-latest leaves it out)")
 
 
 @pytest.fixture(autouse=True)

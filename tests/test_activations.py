@@ -242,6 +242,7 @@ harvest.fill(model, tokenizer, [HOOK], loaded_params(folder, model, tokenizer), 
 """
 
 
+@pytest.mark.repeats
 def test_a_harvest_killed_three_times_ends_as_if_it_had_not_been(folder, fresh_seed):
     model, tokenizer = u.load_model(str(folder / "model"))
     loaded, sizes = loaded_params(folder, model, tokenizer), {"shard_windows": 10, "batch_tokens": 64}

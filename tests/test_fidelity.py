@@ -99,7 +99,7 @@ def test_without_bos_the_first_token_is_left_alone(sae, fresh_seed):
 
 
 def test_a_measurement_that_was_stopped_goes_on_to_the_same_bits(model, tokenizer, sae, windows, tmp_path, monkeypatch):
-    monkeypatch.setattr(u, "batches", lambda windows, model, most=4: (windows[i : i + most] for i in range(0, len(windows), most)))
+    monkeypatch.setattr(editing, "batches", lambda windows, model, most=4: (windows[i : i + most] for i in range(0, len(windows), most)))
     arms, keep = fidelity.arms(model, tokenizer, HOOK, windows, torch.zeros(16), **through(sae)), tmp_path / "fidelity.npz"
     whole = fidelity.text_sums(model, tokenizer, arms, windows)
     calls = 0

@@ -12,6 +12,7 @@ import editing
 import sae_utils as u
 
 NEW = 5  # tokens that are generated
+NO_TOKEN = 10**6  # the id of an end that never comes
 PROMPTS = {True: [[3, 5, 6, 7, 8, 1], [3, 9, 20], [3, 6, 6, 21, 4, 12, 13]], False: [[5, 6, 7, 8, 1], [9, 20], [6, 6, 21, 4, 12, 13]]}
 STATED = ("prompt", "generated", "last", "places")  # scopes that hang on where the prompt ends
 WAYS = {
@@ -24,7 +25,7 @@ WAYS = {
 def endless(model):
     """The model never ends by itself, so that the length of what it writes is known."""
     own, model.generation_config = model.generation_config, transformers.GenerationConfig()
-    yield types.SimpleNamespace(bos_token_id=None, eos_token_id=None)  # in a tokenizer's place
+    yield types.SimpleNamespace(bos_token_id=None, eos_token_id=NO_TOKEN)  # in a tokenizer's place
     model.generation_config = own
 
 
@@ -59,7 +60,7 @@ def alone(model, sae, text, places):
 
 
 def settings_of(way):
-    return transformers.GenerationConfig(max_new_tokens=NEW, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True, output_logits=True, output_scores=True, length_penalty=0.0, **WAYS.get(way, {}))
+    return transformers.GenerationConfig(max_new_tokens=NEW, pad_token_id=0, eos_token_id=NO_TOKEN, return_dict_in_generate=True, output_logits=True, output_scores=True, length_penalty=0.0, **WAYS.get(way, {}))
 
 
 def copies(way):

@@ -313,6 +313,7 @@ def test_the_doctor_reads_the_curve():
     assert training.doctor(HEALTHY, SETTLING[:3], "relu") == []  # too short to tell
 
 
+@pytest.mark.repeats
 def test_known_directions_are_found():
     """Rows made of 24 of 512 random directions: training finds them, an untrained SAE does not."""
     rows, directions, coefficients = known_directions(60_000)

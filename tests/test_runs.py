@@ -1,0 +1,115 @@
+"""Runs from outside: make's jobs, committed notebooks, warnings, and runs that are killed."""
+
+import csv
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import experiment
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_notebooks_are_stripped_and_executable(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.language_info.name == "python"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert not any(re.search(r"\b(interact|interactive|Output)\(", cell.source) for cell in code)  # Output widgets can hang a headless run
+
+
+def test_make_knows_its_jobs():
+    help_text = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for job in "setup lab demo activations train patch labels sweep tensorboard test test-browser smoke bench bench-peers clean".split():
+        assert f"make {job}" in help_text
+    plan = ["make", "-n", "-o", ".venv/.ready", "sweep", "LAYERS=1 2", "L1S=1e-4 3e-4", "SWEEP=try", "P=-p epochs 3"]
+    lines = [line for line in subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines() if "run_dir" in line]
+    assert sum("-p run_dir runs/try-L2-l1_3e-4" in line for line in lines) == 1 and len(lines) == 4
+    train = ["make", "-n", "-o", ".venv/.ready", "train", "LAYER=3", "MODEL=a/b", "SEED=1", "RUN=x", "PARAMS=params/tiny.yaml"]
+    out = subprocess.run(train, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for flag in ("-f params/tiny.yaml", "-p layer '3'", "-p model_name 'a/b'", "-p seed '1'", "-p run_dir 'runs/x'"):
+        assert flag in out
+
+
+def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
+    secret = "hf_" + "x" * 30
+    monkeypatch.setenv("HF_TOKEN", secret)
+    flags = f"-p model_name {folder}/model -p dataset_name {folder}/text.jsonl -p run_dir {folder}/runs/small -p layer 1 -p epochs 30"
+    flags += " -p early_stop_epochs 2 -p lr 1e-12"  # nothing is learnt, so nothing improves
+    assert experiment.main(["sae_training", *flags.split(), "-p", "n_activations", "1000000", "-p", "seq_len", "16"]) == 0
+    run = folder / "runs" / "small"
+    metrics = read(run / "metrics.json")
+    fewer, few_held_out, weight, warm_up, stopped, dense = metrics["notices"]
+    assert "is not less than the 16 dimensions" in dense and metrics["l0"] >= 16
+    assert re.fullmatch(r"stopped after epoch (\d+) of 30: .* for 2 epochs.", stopped) and metrics["epochs"] < 30
+    assert f"only {metrics['held_out_rows']} rows are held out" in few_held_out
+    assert f"holds {metrics['rows']:,} rows, fewer than the 1,000,000" in fewer
+    for row in csv.DictReader((run / "history.csv").open()):
+        assert float(row["loss"]) == pytest.approx(float(row["mse"]) + 3e-4 * float(row["l1"]), rel=1e-4)
+    assert "far weaker than the reference's 0.35 (l1_coeff 0.022)" in weight and metrics["l1_weight"] == pytest.approx(3e-4 * 16)
+    assert f"no room for the cosine in a run of {metrics['steps'] // metrics['epochs'] * 30} steps" in warm_up
+    outputs = [out for cell in nbformat.read(run / "sae_training.ipynb", 4).cells for out in cell.get("outputs", [])]
+    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 6
+    leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert not leaks
+
+
+def launch_and_kill(flags, checkpoint, wait):
+    """Starts a training run as `make train` does and kills launcher and kernel `wait` seconds after a checkpoint is written."""
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+    child = subprocess.Popen([sys.executable, str(ROOT / "notebooks" / "experiment.py"), "sae_training", *flags], stdout=subprocess.DEVNULL)
+    while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
+        assert child.poll() is None, "the run ended before it was killed"
+        time.sleep(0.01)
+    time.sleep(wait)
+    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    for process in family:
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family)
+    child.wait()
+
+
+@pytest.mark.repeats
+def test_a_killed_training_run_goes_on_and_ends_the_same_to_the_bit(folder, fresh_seed):
+    given = {"model_name": folder / "model", "dataset_name": folder / "text.jsonl", "layer": 1, "n_activations": 1500, "seq_len": 16}
+    given |= {"architecture": "batchtopk", "k": 4, "auxk_weight": 0.03, "batch_size": 16, "epochs": 60, "checkpoint_minutes": 0.0, "eval_windows": 20}
+    flags = [word for name, value in given.items() for word in ("-p", name, str(value))]
+    whole, killed = (folder / "runs" / name for name in ("whole", "killed"))
+    for _ in range(2):
+        launch_and_kill([*flags, "-p", "run_dir", str(killed)], killed / "checkpoint.pth", random.Random(fresh_seed).random())
+        assert not (killed / ".done").exists()
+    for run_dir in (killed, whole):
+        experiment.launch("sae_training", [*flags, "-p", "run_dir", str(run_dir)])
+    assert "going on from step" in (killed / "sae_training.ipynb").read_text()
+    assert not (killed / "checkpoint.pth").exists()
+    for file in ("history.csv", "metrics.json", "features.html"):
+        assert (whole / file).read_bytes() == (killed / file).read_bytes(), file
+    one, other = (torch.load(run_dir / "sae.pth", weights_only=True) for run_dir in (whole, killed))
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    assert torch.equal(one["density"], other["density"]) and torch.equal(one["activation_mean"], other["activation_mean"])
+    for tag in ("step/loss", "epoch/held_out_fvu"):  # no point stands twice, none is missing
+        steps = []
+        for run_dir in (whole, killed):
+            events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+            events.Reload()
+            steps.append([(point.step, point.value) for point in events.Scalars(tag)])
+        assert steps[0] == steps[1], tag
