@@ -75,9 +75,14 @@ def best_f1(scores: Tensor, truth: Tensor, n_thresholds: int = 24, block: int = 
         silent = (ordered <= 0).sum(0)
         place = silent + (shares[:, None] * (half - silent)).long()  # (thresholds, columns)
         level = torch.where(place < half, ordered.gather(0, place.clamp_max(half - 1)), torch.inf).T  # (columns, thresholds)
-        claims = part[:, :, None] >= level  # (rows, columns, thresholds)
-        claims = claims.flatten(1).float()
-        scored = f1(claims.T @ fit, claims.sum(0)[:, None], true)  # (columns * thresholds, facts)
+        # An active entry is claimed at every threshold up to its value: counted once, at the highest of them, then summed up.
+        row, column = (part > 0).nonzero(as_tuple=True)
+        highest = torch.searchsorted(level[column], part[row, column][:, None], right=True)[:, 0] - 1
+        group = column * n_thresholds + highest
+        entries = torch.sparse_coo_tensor(torch.stack([group, row]), torch.ones(len(group)), (part.shape[1] * n_thresholds, half), check_invariants=False)
+        summed = lambda counts: counts.unflatten(0, (part.shape[1], n_thresholds)).flip(1).cumsum(1).flip(1).flatten(0, 1)
+        claimed = summed(torch.bincount(group, minlength=len(entries)).float())
+        scored = f1(summed(torch.sparse.mm(entries, fit)), claimed[:, None], true)  # (columns * thresholds, facts)
         value, index = scored.max(0)
         better = value > best["fit"]
         best["fit"][better] = value[better]

@@ -21,7 +21,7 @@ import sae_utils as u
 def tiny(tmp_path_factory):
     """The tiny model and its world, built by their notebook."""
     folder = tmp_path_factory.mktemp("tiny")
-    experiment.launch("tiny_model", ["-p", "model_dir", str(folder / "model"), "-p", "world_dir", str(folder / "world")])
+    experiment.launch("tiny_model", ["-p", "model_dir", str(folder / "model"), "-p", "world_dir", str(folder / "world"), "-p", "threads", "1"])
     return folder
 
 
@@ -277,7 +277,7 @@ def test_edits_do_what_they_mean(matches):
     assert abs(median(control_took)) < 0.05 and sum(b > c for b, c in zip(brought, control_brought, strict=True)) >= 10
 
 
-def test_edits_from_a_file_and_prompts_of_ones_own(run):
+def test_edits_from_a_file_and_prompts_of_ones_own(run, capsys):
     sae, folder = u.SAE.load(run / "sae.pth"), run.parent
     live = sae.density.argsort(descending=True)[100:103].tolist()
     dead = (sae.density == 0).nonzero().flatten().tolist()[:1]
@@ -291,9 +291,9 @@ def test_edits_from_a_file_and_prompts_of_ones_own(run):
     assert result["edits"] == edits and result["prompts"] == 2 and result["comparison"][0]["prompt"].endswith("ball .")
     assert "&lt;b&gt;my&lt;/b&gt; name" in page and "<b>my</b>" not in page
     assert [str(dead[0]) in notice for notice in result["notices"]] == [True] * len(dead)
-    for bad, message in ((["-p", "prompts_file", "nowhere.txt"], "there is no such file"), (["-y", '{prompts: ["<bos>"]}'], "holds no text"), (["-p", "chat", "true", "-y", "{prompts: [x]}"], "no chat template")):
-        assert experiment.main(["patch_neurons", "-p", "run_dir", str(run), "-p", "name", "bad", *bad]) == 2, message
-        assert not (run / "patches" / "bad" / ".done").exists()
+    assert result["positions_edited"] == [row["positions"] for row in result["comparison"]] and all(n >= 2 for n in result["positions_edited"])
+    assert experiment.main(["patch_neurons", "-p", "run_dir", str(run), "-p", "name", "bad", "-y", '{prompts: ["<bos>"]}']) == 2
+    assert "holds no text" in capsys.readouterr().err and not (run / "patches" / "bad" / ".done").exists()
 
 
 def test_nothing_is_written_over(run, patch, capsys):
