@@ -317,6 +317,195 @@ def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor
 
 
 # ---------------------------------------------------------------------------------------------
+# Architectures
+# ---------------------------------------------------------------------------------------------
+
+
+class ReLU:
+    """An architecture: what an SAE keeps of its pre-activations while it trains and afterwards, what is
+    minimised, and which parameters it has beside the four that all have.
+
+    To add one, subclass this and put an instance into ARCHITECTURES; nothing else needs to know. Tensors
+    of pre_acts and acts are (…, d_sae), or (…, n) for the latents `columns` (n,) alone. `weights` are the
+    coefficients of the loss by name: l1_coeff, l0_weight.
+    """
+
+    name = "relu"
+    knob = "l1_coeff"  # the parameter that sets how sparse it is
+    alone = True  # a latent's activation hangs on no other latent's
+    jumps = False  # used afterwards with a threshold that is not learnt by gradients
+
+    def tensors(self, d_sae: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Further parameters and further buffers, by name."""
+        return {}, {}
+
+    def kept(self, k: int, pre_acts: Tensor, near: float = 0.0) -> Tensor:
+        """Boolean, as pre_acts (batch, d_sae): what is kept in training; nothing that is not above 0. `near`: a
+        value that what is kept is thought to exceed, to look there first."""
+        return pre_acts > 0
+
+    def train(self, sae: SAE, pre_acts: Tensor) -> Tensor:
+        """acts in training, by autograd."""
+        return torch.where(self.kept(sae.k, pre_acts), pre_acts, 0.0)
+
+    def acts(self, sae: SAE, pre_acts: Tensor, columns) -> Tensor:
+        """acts afterwards."""
+        return pre_acts.relu()
+
+    def ends(self, d_sae: int) -> list[int]:
+        """How many latents each reconstruction uses whose mse counts; the last is all."""
+        return [d_sae]
+
+    def loss(self, sae: SAE, x_unit: Tensor, pre_acts: Tensor, acts: Tensor, weights: dict[str, float]) -> Tensor:
+        """What is minimised, but for AuxK: the mean mse of the reconstructions, and what makes it sparse."""
+        errors = [(acts[:, :end] @ sae.W_dec[:end] + sae.b_dec - x_unit).square().mean() for end in self.ends(sae.d_sae)]
+        return torch.stack(errors).mean() + self.penalty(sae, x_unit, pre_acts, acts, weights)
+
+    def penalty(self, sae: SAE, x_unit: Tensor, pre_acts: Tensor, acts: Tensor, weights: dict[str, float]) -> Tensor | float:
+        return weights["l1_coeff"] * acts.sum(-1).mean()
+
+
+class TopK(ReLU):
+    """The k largest of each token (Gao et al. 2024)."""
+
+    name, knob, alone = "topk", "k", False
+
+    def kept(self, k, pre_acts, near=0.0):
+        index = pre_acts.topk(k, sorted=False).indices
+        return torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(-1, index, True) & (pre_acts > 0)
+
+    def acts(self, sae, pre_acts, columns):
+        return torch.where(self.kept(sae.k, pre_acts), pre_acts, 0.0)
+
+    def penalty(self, *args):
+        return 0.0
+
+
+class BatchTopK(TopK):
+    """The k * batch largest of the batch, ties included; afterwards what exceeds a threshold (Bussmann et al. 2024)."""
+
+    name, alone, jumps = "batchtopk", True, True
+
+    def tensors(self, d_sae):
+        return {}, {"threshold": torch.zeros(d_sae)}
+
+    def kept(self, k, pre_acts, near=0.0):
+        candidates = pre_acts.flatten()
+        if near > 0:
+            among = pre_acts > near
+            if among.sum() >= k * len(pre_acts):
+                candidates = candidates[nonzero_flat(among)]
+        cutoff = candidates.topk(k * len(pre_acts), sorted=False).values.min()
+        return (pre_acts >= cutoff) & (pre_acts > 0)
+
+    def acts(self, sae, pre_acts, columns):
+        return torch.where(pre_acts > sae.threshold[columns], pre_acts, 0.0)
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK of which the first sixteenth, eighth, quarter and half of the latents reconstruct on their own too
+    (Bussmann et al. 2025)."""
+
+    name = "matryoshka"
+
+    def ends(self, d_sae):
+        return sorted({max(1, round(share * d_sae)) for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)})
+
+
+class JumpReLU(ReLU):
+    """What exceeds a threshold of its own, which is learnt (Rajamanoharan et al. 2024): the gradient passes through
+    the step as if it were a ramp `bandwidth` wide around the threshold. The penalty is l0_weight / d_in times L0;
+    with a k, times k (L0 / k - 1)², so that L0 settles near k (the form of Gemma Scope 2)."""
+
+    name, knob = "jumprelu", "k"
+    bandwidth = 0.03  # in units of x_unit's norm, which is about 1
+
+    def tensors(self, d_sae):
+        return {"threshold": torch.full((d_sae,), 1e-3)}, {}
+
+    def train(self, sae, pre_acts):
+        return _Jump.apply(pre_acts, sae.threshold, self.bandwidth)
+
+    def acts(self, sae, pre_acts, columns):
+        return torch.where(pre_acts > sae.threshold[columns].clamp_min(0), pre_acts, 0.0)
+
+    def penalty(self, sae, x_unit, pre_acts, acts, weights):
+        l0 = _Step.apply(pre_acts, sae.threshold, self.bandwidth).sum(-1).mean()
+        return weights["l0_weight"] / sae.d_in * (sae.k * (l0 / sae.k - 1).square() if sae.k else l0)
+
+
+class _Step(torch.autograd.Function):
+    """1 where pre_acts exceed the threshold (and 0); to the threshold its gradient is that of a ramp."""
+
+    @staticmethod
+    def forward(ctx, pre_acts, threshold, bandwidth):
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre_acts > threshold.clamp_min(0)).to(pre_acts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        pre_acts, threshold = ctx.saved_tensors
+        inside = ((pre_acts - threshold).abs() < ctx.bandwidth / 2).to(gradient)
+        return None, -(gradient * inside).sum(0) / ctx.bandwidth, None
+
+
+class _Jump(torch.autograd.Function):
+    """pre_acts where `_Step` is 1; to pre_acts the plain gradient, to the threshold that of `_Step` times its height."""
+
+    @staticmethod
+    def forward(ctx, pre_acts, threshold, bandwidth):
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre_acts > threshold.clamp_min(0), pre_acts, 0.0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        pre_acts, threshold = ctx.saved_tensors
+        inside = ((pre_acts - threshold).abs() < ctx.bandwidth / 2).to(gradient)
+        kept = (pre_acts > threshold.clamp_min(0)).to(gradient)
+        return gradient * kept, -(gradient * inside).sum(0) * threshold / ctx.bandwidth, None
+
+
+class Gated(ReLU):
+    """A latent's sign of life and its strength apart, so that the L1 penalty shrinks nothing (Rajamanoharan et al.
+    2024): it fires where pre_acts > 0, as strongly as relu(exp(r_mag) * (pre_acts - b_enc) + b_mag). The
+    penalty is on relu(pre_acts), which also have to reconstruct, through a decoder that is held fixed."""
+
+    name = "gated"
+
+    def tensors(self, d_sae):
+        return {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}, {}
+
+    def train(self, sae, pre_acts):
+        return self.acts(sae, pre_acts, slice(None))
+
+    def acts(self, sae, pre_acts, columns):
+        strength = sae.r_mag[columns].exp() * (pre_acts - sae.b_enc[columns]) + sae.b_mag[columns]
+        return torch.where(pre_acts > 0, strength.relu(), 0.0)
+
+    def penalty(self, sae, x_unit, pre_acts, acts, weights):
+        gate = pre_acts.relu()
+        held = gate @ sae.W_dec.detach() + sae.b_dec.detach()
+        return weights["l1_coeff"] * gate.sum(-1).mean() + (held - x_unit).square().mean()
+
+
+ARCHITECTURES = {rule.name: rule for rule in (ReLU(), TopK(), BatchTopK(), Matryoshka(), JumpReLU(), Gated())}
+
+
+def nonzero_flat(mask: Tensor) -> Tensor:
+    """Positions of the True entries in the flattened mask, ascending.
+
+    Looks at eight entries at a time first: where few are True this is several times faster.
+    """
+    if mask.numel() % 8 or not mask.is_contiguous():
+        return mask.flatten().nonzero().flatten()
+    words = mask.view(-1).view(torch.int64).nonzero().flatten()
+    inside = mask.view(-1, 8)[words].nonzero()
+    return words[inside[:, 0]] * 8 + inside[:, 1]
+
+
+# ---------------------------------------------------------------------------------------------
 # SAE
 # ---------------------------------------------------------------------------------------------
 
@@ -324,11 +513,10 @@ def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor
 class SAE(nn.Module):
     """The autoencoder of this module's first lines.
 
-    W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in), b_dec (d_in); float32 throughout.
-    Both biases start at zero, rows of W_dec as random unit vectors, W_enc as W_dec's transpose.
-    `architecture` says what becomes of pre_acts: "relu"; "topk", the k largest of each token;
-    "batchtopk" and "matryoshka", trained on the largest of a batch, are used as JumpReLU: pre_acts
-    where they exceed `threshold` (d_sae), else 0.
+    W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in), b_dec (d_in), and what the architecture
+    has beside these; float32 throughout. Both biases start at zero, rows of W_dec as random unit vectors,
+    W_enc as W_dec's transpose (`fit_scale` then makes it the length that fits). `architecture`, one of
+    ARCHITECTURES, says what becomes of pre_acts.
     `mean` (d_in) and `norm_scale` (0: each token's own norm) are what activations are normalised by;
     `density` and `max_act` (d_sae) are measured after training. `config` holds plain types only.
     """
@@ -337,6 +525,9 @@ class SAE(nn.Module):
         self, d_in: int, d_sae: int, *, seed: int = 0, architecture: str = "relu", k: int = 0, norm_scale: float = 0.0, apply_b_dec_to_input: bool = False
     ):
         super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise UserError(f"there is no architecture {architecture!r}; there are: {', '.join(ARCHITECTURES)}.")
+        self.architecture, self.rule = architecture, ARCHITECTURES[architecture]
         rows = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_dec = nn.Parameter(rows)
@@ -345,10 +536,12 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         for name, size in (("mean", d_in), ("density", d_sae), ("max_act", d_sae)):
             self.register_buffer(name, torch.zeros(size), persistent=False)
-        self.architecture, self.k = architecture, 0 if architecture == "relu" else k
-        self.jumps = architecture in ("batchtopk", "matryoshka")
-        if self.jumps:
-            self.register_buffer("threshold", torch.zeros(d_sae))
+        parameters, buffers = self.rule.tensors(d_sae)
+        for name, tensor in parameters.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+        self.k = k if self.rule.knob == "k" else 0
         self.norm_scale, self.apply_b_dec_to_input, self.config = norm_scale, apply_b_dec_to_input, {}
 
     @property
@@ -370,32 +563,39 @@ class SAE(nn.Module):
     def denormalise(self, x_unit: Tensor, norm: Tensor) -> Tensor:
         return x_unit * norm + self.mean
 
+    def pre_acts(self, x_unit: Tensor, columns=slice(None)) -> Tensor:
+        """What the encoder makes of normalised activations, before the architecture has its say."""
+        return (x_unit - self.b_dec if self.apply_b_dec_to_input else x_unit) @ self.W_enc[:, columns] + self.b_enc[columns]
+
     def encode_unit(self, x_unit: Tensor, columns: Tensor | None = None) -> Tensor:
         """acts (…, d_sae) of normalised activations; only those of the latents `columns` (n,), (…, n), where given."""
-        if self.architecture == "topk" and columns is not None:  # the other latents have a say
+        if columns is not None and not self.rule.alone:
             return self.encode_unit(x_unit)[..., columns]
         of = slice(None) if columns is None else columns
-        if self.apply_b_dec_to_input:
-            x_unit = x_unit - self.b_dec
-        pre_acts = x_unit @ self.W_enc[:, of] + self.b_enc[of]
-        if self.architecture == "topk":
-            values, index = pre_acts.topk(self.k, sorted=False)
-            return torch.zeros_like(pre_acts).scatter_(-1, index, values.relu())
-        if self.jumps:
-            return torch.where(pre_acts > self.threshold[of], pre_acts, 0.0)
-        return pre_acts.relu()
+        return self.rule.acts(self, self.pre_acts(x_unit, of), of)
 
     def decode_unit(self, acts: Tensor) -> Tensor:
         return acts @ self.W_dec + self.b_dec
 
-    def encode(self, x: Tensor) -> Tensor:
-        """acts (…, d_sae), in the SAE's normalised units, of raw activations x (…, d_in)."""
-        return self.encode_unit(self.normalise(x)[0])
+    def encode(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
+        """acts (…, d_sae), in the SAE's normalised units, of raw activations x (…, d_in); `columns` as in `encode_unit`."""
+        return self.encode_unit(self.normalise(x)[0], columns)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw activations (…, d_in) -> their reconstruction, in the same units."""
         x_unit, norm = self.normalise(x)
         return self.denormalise(self.decode_unit(self.encode_unit(x_unit)), norm)
+
+    @torch.no_grad()
+    def fit_scale(self, x_unit: Tensor) -> float:
+        """Multiplies W_enc, and a threshold, by the number that makes the first reconstruction of x_unit (n, d_in) fit best,
+        and returns it. Before training only: of ReLU, the transpose as it is gives d_sae / (2 d_in) times too much."""
+        acts = self.rule.train(self, self.pre_acts(x_unit))
+        x_unit_hat = acts @ self.W_dec
+        scale = ((x_unit * x_unit_hat).sum() / x_unit_hat.square().sum().clamp_min(1e-12)).item()
+        for tensor in (self.W_enc, *([self.threshold] if hasattr(self, "threshold") else [])):
+            tensor.mul_(scale)
+        return scale
 
     def save(self, path: str | Path) -> None:
         """Writes sae.pth: plain types and tensors only, so that `weights_only=True` loads it."""

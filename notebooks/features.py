@@ -20,7 +20,7 @@ from torch import Tensor
 
 import editing
 import sae_utils
-from training import nonzero_flat
+from sae_utils import nonzero_flat
 
 TOP, PER_DECILE, AROUND = 10, 5, 8  # contexts shown, contexts of each tenth, tokens to either side
 SAMPLE, BINS = 256, 20  # activations drawn of each latent, bins of its histogram
@@ -187,12 +187,10 @@ def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024) -> 
 
 
 @torch.no_grad()
-def surroundings(sae: sae_utils.SAE, rows, latents: Tensor, centres: Tensor, chunk: int = 32768) -> tuple[Tensor, Tensor]:
+def surroundings(sae: sae_utils.SAE, rows, latents: Tensor, centres: Tensor, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """(token_ids (n, 2 * AROUND + 1) int32, acts likewise in float16): the tokens around the rows `centres`
-    and how strongly each one's latent fires on them; id -1 past the window's ends.
-
-    Each latent is worked out alone; for "topk" the competition of the others is left out, so weak
-    activations may show that the SAE would drop.
+    and how strongly each one's latent fires on them; id -1 past the window's ends. Quick where the places of
+    a latent follow one another.
     """
     flat, starts = torch.from_numpy(rows.windows.flat), torch.from_numpy(rows.windows.starts)
     tokens, acts = torch.full((len(centres), 2 * AROUND + 1), -1, dtype=torch.int32), torch.zeros(len(centres), 2 * AROUND + 1, dtype=torch.float16)
@@ -208,12 +206,9 @@ def surroundings(sae: sae_utils.SAE, rows, latents: Tensor, centres: Tensor, chu
         same &= (rows.window[near] == window) & (away.abs() <= AROUND)
         for part in same.nonzero().flatten().split(chunk):
             device, which = sae.W_enc.device, latents[part]
-            x_unit, _ = sae.normalise(rows.activations[near[part]].to(device))
-            if sae.apply_b_dec_to_input:
-                x_unit = x_unit - sae.b_dec
-            pre_acts = (x_unit * sae.W_enc.T[which.to(device)]).sum(1).cpu() + sae.b_enc.cpu()[which]
-            level = sae.threshold.cpu()[which] if sae.jumps else 0.0
-            acts[part, away[part] + AROUND] = torch.where(pre_acts > level, pre_acts, 0.0).half()
+            columns, own = which.unique(return_inverse=True)
+            found = sae.encode(rows.activations[near[part]].to(device), columns.to(device)).cpu()
+            acts[part, away[part] + AROUND] = found.gather(1, own[:, None])[:, 0].half()
     return tokens, acts
 
 

@@ -17,69 +17,85 @@ from torch import Tensor
 from torch.optim.adam import adam as functional_adam
 
 import sae_utils
+from sae_utils import nonzero_flat
 
 # Share of active entries below which the sparse step is the faster one on a CPU: `make bench
 # PART=training` prints both around it.
 SPARSE_BELOW = 0.08
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 THRESHOLD_DECAY = 0.99  # of the running mean of the smallest activation that a batch keeps
-PREFIXES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of a Matryoshka SAE's latents, each a reconstruction of its own
-
-
-def nonzero_flat(mask: Tensor) -> Tensor:
-    """Positions of the True entries in the flattened mask, ascending.
-
-    Looks at eight entries at a time first: where few are True this is several times faster.
-    """
-    if mask.numel() % 8 or not mask.is_contiguous():
-        return mask.flatten().nonzero().flatten()
-    words = mask.view(-1).view(torch.int64).nonzero().flatten()
-    inside = mask.view(-1, 8)[words].nonzero()
-    return words[inside[:, 0]] * 8 + inside[:, 1]
 
 
 def csr(row_starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.sparse_csr_tensor(row_starts, columns, values, size, check_invariants=False)
 
 
+def auxk(sae: sae_utils.SAE, x: Tensor, pre_acts: Tensor, acts: Tensor, dead: Tensor) -> Tensor:
+    """AuxK (Gao et al. 2024): how well the `d_in // 2` strongest of the `dead` (d_sae) latents of each token rebuild
+    what the others leave over of x (batch, d_in): their mean squared error, divided by the share of x's variance
+    that is left over, so that dead latents are drawn to it as strongly late in training as early."""
+    left_over = (x - sae.decode_unit(acts)).detach()
+    among = pre_acts.relu().masked_fill(~dead, 0)
+    kept = sae_utils.TopK().kept(min(sae.d_in // 2, sae.d_sae), among)
+    share = left_over.var(0, correction=0).mean() / x.var(0, correction=0).mean()
+    return (torch.where(kept, among, 0.0) @ sae.W_dec - left_over).square().mean() / share
+
+
+def losses(sae: sae_utils.SAE, x: Tensor, weights: dict[str, float], dead: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    """The training step of any architecture, to be read and to be differentiated by autograd: (loss and what it is
+    made of, acts (batch, d_sae)) of rows x (batch, d_in), which are normalised."""
+    pre_acts = sae.pre_acts(x)
+    acts = sae.rule.train(sae, pre_acts)
+    loss = sae.rule.loss(sae, x, pre_acts, acts, weights)
+    if dead is not None:
+        loss = loss + weights["auxk_weight"] * auxk(sae, x, pre_acts, acts, dead)
+    return {"loss": loss, "mse": (sae.decode_unit(acts) - x).square().mean(), "l1": acts.sum(1).mean()}, acts
+
+
+def has_kernel(rule: sae_utils.ReLU) -> bool:
+    """Whether an architecture is one that the gradients written by hand are right for: it keeps pre_acts or drops
+    them, its loss is mse, of prefixes or not, with L1 or without, and it has no further parameters."""
+    ours, plain = type(rule), sae_utils.ReLU
+    return ours.train is plain.train and ours.loss is plain.loss and ours.penalty in (plain.penalty, sae_utils.TopK.penalty) and not rule.tensors(1)[0]
+
+
 class Trainer:
     """Trains `sae` in place, step by step: `step(normalise(batch), lr)` with rows (batch, d_in).
 
-    loss = mean over prefixes of mse + l1_coeff * l1 (ReLU only) + auxk_weight * aux (where above 0)
+    What a step minimises is `losses`. Its gradients are autograd's, or those of a kernel written by hand,
+    dense or sparse, for the architectures that have one (`has_kernel`; `kernel` False does without). AuxK is added where `auxk_weight` is above
+    0, for the latents that were silent on the last `dead_after` rows. Architectures that are used with a
+    threshold afterwards keep a running one, of the smallest activation that a batch kept; `settle` sets the
+    last one.
 
-    mse: mean over tokens and d_in of the squared error; the prefixes are all latents, but for
-    "matryoshka" those of PREFIXES. l1: mean over tokens of the sum of acts. aux (AuxK, Gao et al.
-    2024): how well the `d_in // 2` strongest of the latents that were silent for `dead_after` steps
-    rebuild what the others leave over. "topk" keeps the k largest of each token, "batchtopk" and
-    "matryoshka" the k * batch largest of the batch, ties included; these two keep a running threshold,
-    with which the SAE is used afterwards.
-
-    Nothing is read back from the device within a step on CUDA, where a step's kernels are recorded
-    once and launched together (a CUDA graph; `graphs` False launches them one by one). `read()`
+    Nothing is read back from the device within a kernel's step on CUDA, where it is recorded once and its parts
+    launched together (a CUDA graph; `graphs` False launches them one by one). `read()`
     returns the sums since the last `read(reset=True)`. A step whose loss is not finite changes
     nothing, nor does any after it.
     """
 
     def __init__(
-        self, sae: sae_utils.SAE, l1_coeff: float = 0.0, auxk_weight: float = 0.0, dead_after: int = 1000, sparse_below: float = SPARSE_BELOW,
-        graphs: bool = True,
+        self, sae: sae_utils.SAE, l1_coeff: float = 0.0, auxk_weight: float = 0.0, dead_after: int = 512_000, l0_weight: float = 0.0,
+        sparse_below: float = SPARSE_BELOW, graphs: bool = True, kernel: bool = True,
     ):  # fmt: skip
-        self.sae, self.auxk_weight, self.dead_after = sae.requires_grad_(False), auxk_weight, dead_after
-        self.l1_coeff = l1_coeff if sae.architecture == "relu" else 0.0
+        self.sae, self.rule, self.dead_after = sae.requires_grad_(False), sae.rule, dead_after
+        self.weights = {"l1_coeff": l1_coeff, "auxk_weight": auxk_weight, "l0_weight": l0_weight}
+        self.auxk_weight, self.kernel = auxk_weight, kernel and has_kernel(self.rule)
+        self.l1_coeff = l1_coeff if type(self.rule).penalty is sae_utils.ReLU.penalty else 0.0  # the kernel's
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = sae.W_enc.data.T, sae.W_dec.data, sae.b_enc.data, sae.b_dec.data
         assert self.W_enc.is_contiguous()  # (d_sae, d_in): both weights' gradients are then sums of rows
         self.device = self.W_dec.device
         self.parameters = {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        self.parameters |= {name: parameter.data for name, parameter in sae.named_parameters() if name not in self.parameters}
         zeros_like = lambda: {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
         self.gradients, self.first, self.second = zeros_like(), zeros_like(), zeros_like()  # Adam's two moments
         self.adam_steps = {name: torch.zeros((), device=self.W_dec.device) for name in self.parameters}
-        nested = sae.architecture == "matryoshka"
-        self.ends = sorted({max(1, round(share * sae.d_sae)) for share in PREFIXES}) if nested else [sae.d_sae]
+        self.ends = self.rule.ends(sae.d_sae)
         self.product_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.sparse_below = sparse_below if self.device.type == "cpu" else 0.0
         self.active_share = min(1.0, sae.k / sae.d_sae) if sae.k else 1.0  # of the entries, in the last step
         self.any_dead, self.steps, self.buffers = False, 0, {}
-        self.graphs, self.recorded, self.seen = graphs and self.device.type == "cuda", {}, {}
+        self.graphs, self.recorded, self.seen = graphs and self.kernel and self.device.type == "cuda", {}, {}
         if self.device.type == "cpu":
             with warnings.catch_warnings():  # torch says once that its sparse matrices are in beta; what is used here is tested
                 warnings.simplefilter("ignore")
@@ -88,7 +104,7 @@ class Trainer:
         self.good, self.last_loss, self.lr, self.fired = zeros(), zeros(), zeros(), zeros(sae.d_sae)  # of the last step
         self.state = {  # always changed in place: a recorded step knows where they are
             "step": zeros(dtype=torch.int64), "sums": zeros(4), "rows": zeros(), "fired": zeros(sae.d_sae), "strength": zeros(),
-            "silent_steps": zeros(sae.d_sae, dtype=torch.int64), "threshold": zeros(2), "first_bad": zeros(dtype=torch.int64) - 1,
+            "silent": zeros(sae.d_sae, dtype=torch.int64), "threshold": zeros(2), "first_bad": zeros(dtype=torch.int64) - 1,
         }  # fmt: skip
 
     def buffer(self, name: str, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,24 +148,13 @@ class Trainer:
 
     def work(self, x: Tensor, lr: float | Tensor) -> None:
         """One step, gradients, update and sums."""
-        x_in = x - self.b_dec if self.sae.apply_b_dec_to_input else x
-        pre_acts = self.buffer("pre_acts", len(x), self.sae.d_sae)
-        if self.product_dtype == torch.float32:
-            torch.addmm(self.b_enc, x_in, self.W_enc.T, out=pre_acts)
-        else:
-            self.product(x_in, self.W_enc.T, pre_acts).add_(self.b_enc)
-        pre_acts.clamp_min_(0)  # no architecture keeps what is below
-        gradients = self.sparse if self.active_share < self.sparse_below else self.dense
-        mse, first_mse, l1, aux, fired, smallest = gradients(x, x_in, pre_acts)
-        loss = first_mse + self.l1_coeff * l1 + self.auxk_weight * aux
+        loss, mse, l1, fired, smallest = self.by_kernel(x) if self.kernel else self.by_autograd(x)
         n, state = len(x), self.state
         bad = ~loss.isfinite() | (state["first_bad"] >= 0)
         state["first_bad"].copy_(torch.where(bad & (state["first_bad"] < 0), state["step"], state["first_bad"]))
         good = self.good.copy_(~bad)
         self.last_loss.copy_(loss)
         self.fired.copy_(fired)
-        if self.sae.apply_b_dec_to_input:
-            self.gradients["b_dec"].sub_(self.W_enc.T @ self.gradients["b_enc"])
         self.adam(lr)
         self.W_dec.mul_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).reciprocal_())
         state["step"].add_(1)
@@ -157,11 +162,42 @@ class Trainer:
         state["strength"].add_(good * (l1 * n).nan_to_num(0, 0, 0))
         state["rows"].add_(good * n)
         state["fired"].add_(good * fired)
-        state["silent_steps"].add_(1).mul_(fired == 0)
-        if self.sae.jumps:
+        state["silent"].add_(n).mul_(fired == 0)
+        if self.rule.jumps:
             new = torch.stack([smallest.nan_to_num(0, 0, 0), torch.ones_like(smallest)])
             mixed = THRESHOLD_DECAY * state["threshold"] + (1 - THRESHOLD_DECAY) * new
             state["threshold"].copy_(torch.where((good > 0) & smallest.isfinite(), mixed, state["threshold"]))
+
+    def by_autograd(self, x: Tensor):
+        """(loss, mse, l1, fired (d_sae), smallest activation kept) of a step, its gradients put into `gradients`."""
+        self.sae.requires_grad_(True)
+        with torch.enable_grad():
+            found, acts = losses(self.sae, x, self.weights, self.state["silent"] >= self.dead_after if self.use_aux else None)
+            names, parameters = zip(*self.sae.named_parameters(), strict=True)
+            gradients = dict(zip(names, torch.autograd.grad(found["loss"], parameters), strict=True))
+        self.sae.requires_grad_(False)
+        W_grad = gradients["W_dec"]
+        gradients |= {"W_enc": gradients["W_enc"].T, "W_dec": W_grad - torch.linalg.vecdot(W_grad, self.W_dec)[:, None] * self.W_dec}
+        for name, gradient in gradients.items():
+            self.gradients[name].copy_(gradient)
+        acts = acts.detach()
+        smallest = acts.masked_fill(acts <= 0, torch.inf).amin()
+        return found["loss"].detach(), found["mse"].detach(), found["l1"].detach(), (acts > 0).sum(0, dtype=torch.float32), smallest
+
+    def by_kernel(self, x: Tensor):
+        """As `by_autograd`, by hand."""
+        x_in = x - self.b_dec if self.sae.apply_b_dec_to_input else x
+        pre_acts = self.buffer("pre_acts", len(x), self.sae.d_sae)
+        if self.product_dtype == torch.float32:
+            torch.addmm(self.b_enc, x_in, self.W_enc.T, out=pre_acts)
+        else:
+            self.product(x_in, self.W_enc.T, pre_acts).add_(self.b_enc)
+        pre_acts.clamp_min_(0)  # no architecture with a kernel keeps what is below
+        gradients = self.sparse if self.active_share < self.sparse_below else self.dense
+        mse, first_mse, l1, aux, fired, smallest = gradients(x, x_in, pre_acts)
+        if self.sae.apply_b_dec_to_input:
+            self.gradients["b_dec"].sub_(self.W_enc.T @ self.gradients["b_enc"])
+        return first_mse + self.l1_coeff * l1 + self.auxk_weight * aux, mse, l1, fired, smallest
 
     def adam(self, lr: float | Tensor) -> None:
         """Adam on all parameters; where this step or one before it was bad, nothing changes."""
@@ -184,26 +220,15 @@ class Trainer:
 
     def keep(self, pre_acts: Tensor) -> Tensor:
         """Boolean (batch, d_sae): the entries that the architecture keeps while it trains; none is 0."""
-        sae, n = self.sae, len(pre_acts)
-        mask = self.buffer("mask", *pre_acts.shape, dtype=torch.bool)
-        if sae.architecture == "relu":
-            return mask.copy_(pre_acts)  # a conversion, several times as fast as a comparison
-        if sae.architecture == "topk":
-            return mask.zero_().scatter_(1, pre_acts.topk(sae.k, sorted=False).indices, True) & (pre_acts > 0)
-        candidates = pre_acts.flatten()
-        if self.device.type == "cpu":  # the largest are among those near the running threshold, if these are enough
-            near = pre_acts > 0.7 * self.threshold()
-            if near.sum() >= sae.k * n:
-                candidates = candidates[nonzero_flat(near)]
-        cutoff = candidates.topk(sae.k * n, sorted=False).values.min()
-        return (pre_acts >= cutoff) & (pre_acts > 0)
+        if type(self.rule).kept is sae_utils.ReLU.kept:
+            return self.buffer("mask", *pre_acts.shape, dtype=torch.bool).copy_(pre_acts)  # a conversion, several times as fast as a comparison
+        near = 0.7 * float(self.threshold()) if self.rule.jumps and self.device.type == "cpu" else 0.0
+        return self.rule.kept(self.sae.k, pre_acts, near)
 
     def silent(self, pre_acts: Tensor) -> Tensor:
         """Boolean (batch, d_sae): for each token the strongest of the latents that are dead by now."""
-        dead = self.state["silent_steps"] >= self.dead_after
-        among = pre_acts.masked_fill(~dead, 0)
-        most = min(self.sae.d_in // 2, self.sae.d_sae)
-        return torch.zeros_like(among, dtype=torch.bool).scatter_(1, among.topk(most, sorted=False).indices, True) & (among > 0)
+        dead = self.state["silent"] >= self.dead_after
+        return sae_utils.TopK().kept(min(self.sae.d_in // 2, self.sae.d_sae), pre_acts.masked_fill(~dead, 0))
 
     @property
     def use_aux(self) -> bool:
@@ -219,12 +244,14 @@ class Trainer:
         if prefixes > 1:
             error.copy_(error.cumsum(0))
         error.add_(self.b_dec).sub_(x)
-        each = torch.linalg.vector_norm(error, dim=(1, 2)).square() / x.numel()
+        by_row = lambda values: torch.linalg.vector_norm(values, dim=-1).square().sum(-1)  # in one go the sum of many rows loses digits
+        each = by_row(error) / x.numel()
         aux = torch.zeros((), device=x.device)
         if len(parts) > prefixes:
+            share = error[-1].var(0, correction=0).mean() / x.var(0, correction=0).mean()
             parts[-1].add_(error[-1])  # aims at what is left over, x - x_hat
-            aux = torch.linalg.vector_norm(parts[-1]).square() / x.numel()
-            parts[-1].mul_(2 * self.auxk_weight / x.numel())
+            aux = by_row(parts[-1]) / (x.numel() * share)
+            parts[-1].mul_(2 * self.auxk_weight / (x.numel() * share))
         error.mul_(2 / (x.numel() * prefixes))
         if prefixes > 1:
             error.copy_(error.flip(0).cumsum(0).flip(0))
@@ -257,7 +284,7 @@ class Trainer:
         self.product(d_pre.T, x_in, self.gradients["W_enc"])
         torch.sum(d_pre, 0, out=self.gradients["b_enc"])
         W_grad.addcmul_(self.W_dec, torch.linalg.vecdot(W_grad, self.W_dec)[:, None], value=-1)
-        smallest = acts.masked_fill(~mask, torch.inf).amin() if self.sae.jumps else torch.full((), torch.inf, device=x.device)
+        smallest = acts.masked_fill(~mask, torch.inf).amin() if self.rule.jumps else torch.full((), torch.inf, device=x.device)
         return mse, loss, acts.sum() / n, aux, mask.sum(0, dtype=torch.float32), smallest
 
     def sparse(self, x: Tensor, x_in: Tensor, pre_acts: Tensor):
@@ -321,8 +348,8 @@ class Trainer:
         rows = state["rows"].clamp_min(1)
         result = dict(zip(("loss", "mse", "l1", "l0"), (state["sums"] / rows).tolist(), strict=True))
         result |= {"last_loss": float(self.last_loss), "fired": state["fired"].clone(), "mean_when_active": (state["strength"] / state["fired"].sum().clamp_min(1)).item()}
-        self.any_dead = bool((state["silent_steps"] >= self.dead_after).any())
-        if self.sae.jumps:
+        self.any_dead = bool((state["silent"] >= self.dead_after).any())
+        if self.rule.jumps:
             self.sae.threshold.fill_(float(self.threshold()))
         if reset:
             for name in ("sums", "rows", "fired", "strength"):
@@ -342,7 +369,7 @@ class Trainer:
         for name, mine in self.state.items():
             mine.copy_(saved["state"][name])
         self.steps, self.active_share, self.any_dead = saved["steps"], saved["active_share"], saved["any_dead"]
-        if self.sae.jumps:
+        if self.rule.jumps:
             self.sae.threshold.fill_(float(self.threshold()))
 
 
@@ -368,15 +395,33 @@ def load_checkpoint(path: Path, trainer: Trainer, rows: str) -> dict:
     return saved
 
 
-def probe(sae: sae_utils.SAE, x: Tensor, l1_coeff: float, auxk_weight: float, steps: int = 3) -> tuple[float, float]:
+@torch.no_grad()
+def settle(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most: int = 32768, chunk: int = 1024) -> float | None:
+    """Sets the threshold of an architecture that is used with one such that L0 is k on the rows `index` (at most `most`
+    of them, evenly spread), and returns it. The running one of a short run lags behind."""
+    if not sae.rule.jumps:
+        return None
+    rows = index[:: -(-len(index) // most)]
+    wanted, largest = sae.k * len(rows), torch.zeros(0)
+    for part in rows.split(chunk):
+        pre_acts = sae.pre_acts(sae.normalise(activations[part].to(sae.W_enc.device))[0]).flatten()
+        floor = largest.min() if len(largest) == wanted else 0.0
+        largest = torch.cat([largest, pre_acts[pre_acts > floor].cpu()])
+        largest = largest.topk(min(wanted, len(largest)), sorted=False).values
+    smallest = largest.min() if len(largest) else torch.zeros(())
+    sae.threshold.fill_(torch.nextafter(smallest, torch.zeros(())).item() if len(largest) == wanted else 0.0)
+    return sae.threshold[0].item()
+
+
+def probe(sae: sae_utils.SAE, x: Tensor, l1_coeff: float, auxk_weight: float, l0_weight: float = 0.0, steps: int = 3) -> tuple[float, float]:
     """Seconds of a step, tried on a copy: once few latents are active (one in 200), and as it is at the start."""
     seconds = []
     for late in (True, False):
         shape = {"architecture": sae.architecture, "k": sae.k, "apply_b_dec_to_input": sae.apply_b_dec_to_input}
         copy = sae_utils.SAE(sae.d_in, sae.d_sae, **shape).to(x.device)
         copy.load_state_dict(sae.state_dict())
-        trainer = Trainer(copy, l1_coeff, auxk_weight)
-        if late and sae.architecture == "relu":
+        trainer = Trainer(copy, l1_coeff, auxk_weight, l0_weight=l0_weight)
+        if late and trainer.kernel and not sae.k:
             pre_acts = (x[:64] @ copy.W_enc).flatten()
             trainer.b_enc.fill_(-pre_acts.topk(max(1, len(pre_acts) // 200)).values.min())
             trainer.active_share = 0.0
@@ -453,13 +498,14 @@ def doctor(metrics: dict, history: list[dict], architecture: str) -> list[str]:
     """What deserves a second look after training, one line each, with the parameter to change and in
     which direction. `metrics`: fvu, l0, dead on held-out rows and train_fvu; `history`: one entry for
     each epoch with held_out_loss."""
-    sparsity = ("l1_coeff", "lower", "raise") if architecture == "relu" else ("k", "raise", "lower")
+    by_penalty = sae_utils.ARCHITECTURES[architecture].knob == "l1_coeff"
+    sparsity = ("l1_coeff", "lower", "raise") if by_penalty else ("k", "raise", "lower")
     name, less_sparse, more_sparse = sparsity
     lines = []
     if metrics["fvu"] is not None and metrics["fvu"] > 1:
         lines.append(f"the reconstruction is worse than the mean (fvu {metrics['fvu']:.2f}): {less_sparse} {name}.")
     if metrics["dead"] > 0.1:
-        cure = "lower l1_coeff or lr" if architecture == "relu" else "raise auxk_weight, or lower lr"
+        cure = "lower l1_coeff or lr" if by_penalty else "raise auxk_weight, or lower lr"
         lines.append(f"{metrics['dead']:.0%} of the latents are dead: {cure}, or lower expansion.")
     if metrics["l0"] < 5:
         lines.append(f"only {metrics['l0']:.1f} latents are active per token: {less_sparse} {name}.")

@@ -37,7 +37,10 @@ def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, *
     settings = {name: recipe[name] for name in ("seed", "architecture", "k", "apply_b_dec_to_input")}
     sae = sae_utils.SAE(rows.shape[1], expansion * rows.shape[1], norm_scale=scale, **settings)
     sae.mean.copy_(mean)
-    trainer = training.Trainer(sae, recipe["l1_weight"] / sae.d_in, recipe["auxk_weight"], recipe.get("dead_after", 1000))
+    some = rows[index[torch.randperm(len(index), generator=torch.Generator().manual_seed(recipe["seed"]))[:4096]]]
+    sae.fit_scale(sae.normalise(some)[0])
+    more = {name: recipe[name] for name in ("dead_after", "l0_weight") if name in recipe}
+    trainer = training.Trainer(sae, recipe["l1_weight"] / sae.d_in, recipe["auxk_weight"], **more)
     epoch = itertools.count(1)
     batches = itertools.chain.from_iterable(
         training.shuffled_batches(rows, index[training.epoch_order(len(index), recipe["seed"], e)], 512) for e in epoch
@@ -47,6 +50,7 @@ def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, *
         if step % 100 == 99:
             trainer.read(reset=True)
     trainer.read()
+    training.settle(sae, rows, index)
     return sae
 
 

@@ -45,7 +45,8 @@ def reference_loss(architecture: str, W_enc, b_enc, W_dec, b_dec, x, apply_b_dec
         among = pre.masked_fill(~dead, -torch.inf)
         chosen = torch.zeros_like(pre).scatter(1, among.topk(min(D_IN // 2, int(dead.sum()))).indices, 1.0)
         left_over = (x - acts @ W_dec - b_dec).detach()
-        loss = loss + AUX * ((positive * chosen) @ W_dec - left_over).square().mean()
+        share = ((left_over - left_over.mean(0)).square().mean() / (x - x.mean(0)).square().mean()).item()
+        loss = loss + AUX * ((positive * chosen) @ W_dec - left_over).square().mean() / share
     return loss
 
 
@@ -55,15 +56,16 @@ def without_part_along_rows(gradient: Tensor, W_dec: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("with_dead", [False, True])
 @pytest.mark.parametrize("apply_b_dec", [False, True])
-@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("path", ["dense", "sparse", "autograd"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_equal_autograd(architecture, path, apply_b_dec, with_dead):
     sae, x = make_sae(architecture, apply_b_dec), unit_rows()
-    trainer = training.Trainer(sae, L1, AUX, sparse_below=2.0 if path == "sparse" else 0.0)
+    trainer = training.Trainer(sae, L1, AUX, sparse_below=2.0 if path == "sparse" else 0.0, kernel=path != "autograd")
+    assert trainer.kernel == (path != "autograd")
     dead = None
     if with_dead:
         dead = torch.rand(D_SAE) < 0.3
-        trainer.state["silent_steps"][dead] = 10**6
+        trainer.state["silent"][dead] = 10**6
         trainer.any_dead = True
     weights = [p.double().detach().requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
     loss = reference_loss(architecture, *weights, x.double(), apply_b_dec, dead)
@@ -75,6 +77,131 @@ def test_gradients_equal_autograd(architecture, path, apply_b_dec, with_dead):
     gradients = trainer.gradients | {"W_enc": trainer.gradients["W_enc"].T}
     for gradient, truth in zip(gradients.values(), expected, strict=True):
         assert (gradient - truth).norm() <= 1e-5 * truth.norm()
+
+
+def learnt(sae: u.SAE, trainer: training.Trainer, x: Tensor) -> dict[str, Tensor]:
+    """The gradients of one step, W_enc's (d_in, d_sae)."""
+    trainer.step(x, 1e-3)
+    return trainer.gradients | {"W_enc": trainer.gradients["W_enc"].T}
+
+
+@pytest.mark.parametrize("k", [0, K])
+def test_gradients_of_jumprelu_by_hand(k):
+    """The formulas written out in float64: to the threshold through a ramp, to the rest as if it were fixed."""
+    sae, x, weight = u.SAE(D_IN, D_SAE, seed=3, architecture="jumprelu", k=k).requires_grad_(False), unit_rows(), 0.7
+    sae.b_enc.normal_(std=0.1)
+    sae.threshold.uniform_(-0.01, 0.1)
+    W_enc, b_enc, W_dec, b_dec, level, rows = (t.double().clone() for t in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold, x))
+    trainer, width = training.Trainer(sae, l0_weight=weight), sae.rule.bandwidth
+    assert not trainer.kernel
+    pre = rows @ W_enc + b_enc
+    kept = (pre > level) & (pre > 0)
+    error = (pre * kept) @ W_dec + b_dec - rows
+    l0 = kept.sum(1).double().mean()
+    penalty, slope = (k * (l0 / k - 1) ** 2, 2 * (l0 / k - 1)) if k else (l0, 1.0)
+    d_acts = 2 / rows.numel() * error @ W_dec.T
+    inside = ((pre - level).abs() < width / 2).double()
+    d_pre, W_grad = d_acts * kept, 2 / rows.numel() * (pre * kept).T @ error
+    expected = {
+        "W_enc": rows.T @ d_pre, "b_enc": d_pre.sum(0), "b_dec": 2 / rows.numel() * error.sum(0), "W_dec": without_part_along_rows(W_grad, W_dec),
+        "threshold": -(inside * (d_acts * level + weight / D_IN * slope / BATCH)).sum(0) / width,
+    }  # fmt: skip
+    got = learnt(sae, trainer, x)
+    assert set(got) == set(expected) and inside.sum() > 10
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    assert trainer.read()["loss"] == pytest.approx((error.square().mean() + weight / D_IN * penalty).item(), rel=1e-5)
+    assert not torch.equal(sae.threshold.double(), level)  # it is learnt
+
+
+def test_gradients_of_gated_by_hand():
+    sae, x = u.SAE(D_IN, D_SAE, seed=3, architecture="gated").requires_grad_(False), unit_rows()
+    for tensor in (sae.b_enc, sae.b_mag, sae.r_mag, sae.b_dec):
+        tensor.normal_(std=0.1)
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "r_mag", "b_mag")
+    weights = {name: sae.get_parameter(name).double().detach().requires_grad_() for name in names}
+    W_enc, b_enc, W_dec, b_dec, r_mag, b_mag = weights.values()
+    gate = x.double() @ W_enc + b_enc
+    acts = (gate > 0) * torch.relu(x.double() @ (W_enc * r_mag.exp()) + b_mag)
+    held = torch.relu(gate) @ W_dec.detach() + b_dec.detach()
+    loss = (acts @ W_dec + b_dec - x).square().mean() + L1 * torch.relu(gate).sum(1).mean() + (held - x).square().mean()
+    loss.backward()
+    torch.testing.assert_close(sae.encode_unit(x).double(), acts.detach(), rtol=1e-4, atol=1e-6)
+    trainer = training.Trainer(sae, L1)
+    got = learnt(sae, trainer, x)
+    expected = {name: weight.grad for name, weight in weights.items()}
+    expected["W_dec"] = without_part_along_rows(expected["W_dec"], W_dec.detach())
+    assert trainer.read()["loss"] == pytest.approx(loss.item(), rel=1e-5) and set(got) == set(expected)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "jumprelu", "gated"])
+def test_some_latents_alone_are_encoded_as_among_all(architecture):
+    sae, x = make_sae(architecture, apply_b_dec=True), torch.randn(5, 3, D_IN)
+    for name in ("threshold", "r_mag", "b_mag"):
+        if hasattr(sae, name):
+            getattr(sae, name).uniform_(-0.1, 0.2)
+    columns = torch.randperm(D_SAE)[:9]
+    assert (sae.encode(x) > 0).any()
+    torch.testing.assert_close(sae.encode(x, columns), sae.encode(x)[..., columns], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "jumprelu", "gated"])
+@pytest.mark.parametrize("expansion", [8, 32, 64])
+def test_training_starts_at_the_scale_that_fits(architecture, expansion):
+    """No other multiple of the encoder reconstructs better, which would cost more than knowing nothing without it."""
+    sae, x = u.SAE(D_IN, expansion * D_IN, architecture=architecture, k=K).requires_grad_(False), unit_rows(500)
+    mse = lambda: ((sae.rule.train(sae, sae.pre_acts(x)) @ sae.W_dec - x).double().square().mean() / x.double().square().mean()).item()
+    before, scale = mse(), sae.fit_scale(x)
+    if architecture == "relu":
+        assert 0.7 < scale * expansion / 2 < 1.05 and before > expansion / 8
+    best = mse()
+    assert best < 1
+    for factor in (0.9, 1.1):
+        sae.W_enc *= factor
+        if architecture == "jumprelu":
+            sae.threshold *= factor
+        assert mse() > best
+        sae.W_enc /= factor
+        if architecture == "jumprelu":
+            sae.threshold /= factor
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_the_last_threshold_leaves_k_latents_a_token(architecture):
+    sae, rows = make_sae(architecture), torch.randn(3000, D_IN)
+    sae.b_enc += 0.2
+    index = torch.randperm(3000)[:2000].sort().values
+    level = training.settle(sae, rows, index, chunk=300)
+    assert (sae.encode(rows[index]) > 0).sum(1).double().mean().item() == pytest.approx(K, abs=1e-3)
+    pre = sae.pre_acts(sae.normalise(rows[index])[0]).flatten().sort(descending=True).values
+    assert pre[K * 2000] <= level < pre[K * 2000 - 1]
+    sae.b_enc -= 10  # nothing is above zero: nothing is kept, and nothing below is either
+    assert training.settle(sae, rows, index) == 0 and not (sae.encode(rows[index]) > 0).any()
+    assert training.settle(make_sae("relu"), rows, index) is None
+
+
+def test_mse_of_a_large_batch_keeps_its_digits():
+    n, d_in = 4096, 5376
+    sae, x = u.SAE(d_in, 8).requires_grad_(False), torch.nn.functional.normalize(torch.randn(n, d_in), dim=1)
+    expected = (sae.decode_unit(sae.encode_unit(x)) - x).double().square().mean().item()
+    trainer = training.Trainer(sae)
+    trainer.step(x, 0.0)
+    assert trainer.read()["mse"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_latent_is_dead_after_so_many_rows():
+    sae = make_sae("relu")
+    sae.b_enc[5] = -100
+    trainer = training.Trainer(sae, auxk_weight=AUX, dead_after=3 * BATCH)
+    for _ in range(2):
+        trainer.step(unit_rows(), 0.0)
+        trainer.read()
+    assert not trainer.any_dead and trainer.state["silent"][5] == 2 * BATCH
+    trainer.step(unit_rows(), 0.0)
+    trainer.read()
+    assert trainer.any_dead
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -156,7 +283,7 @@ def test_normalised_rows_are_those_of_the_sae(norm_scale, dtype):
 def test_positions_of_true_entries(shape):
     for share in (0.0, 0.02, 0.5, 1.0):
         mask = torch.rand(shape) < share
-        assert training.nonzero_flat(mask).tolist() == mask.flatten().nonzero().flatten().tolist()
+        assert u.nonzero_flat(mask).tolist() == mask.flatten().nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("path", [0.0, 2.0])
@@ -231,7 +358,7 @@ def test_batches_are_the_rows_asked_for(dtype, tmp_path):
         assert list(training.shuffled_batches(rows.to(where), index[:0], 50)) == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "jumprelu", "gated"])
 def test_going_on_from_a_checkpoint_is_the_same_to_the_bit(architecture, tmp_path):
     x = [unit_rows() for _ in range(40)]
     sae = make_sae(architecture)
@@ -260,15 +387,15 @@ def test_going_on_from_a_checkpoint_is_the_same_to_the_bit(architecture, tmp_pat
     assert all(torch.equal(value, three.state[name]) for name, value in one.state.items())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "jumprelu", "gated"])
 def test_a_saved_sae_encodes_as_before(architecture, tmp_path):
     sae, x = make_sae(architecture), torch.randn(30, D_IN)
-    if sae.jumps:
+    if sae.rule.jumps:
         sae.threshold.fill_(0.1)
     sae.save(tmp_path / "sae.pth")
     loaded = u.SAE.load(tmp_path / "sae.pth")
     assert torch.equal(loaded.encode(x), sae.encode(x)) and (sae.encode(x) > 0).any()
-    assert ("threshold" in torch.load(tmp_path / "sae.pth", weights_only=True)["state_dict"]) == sae.jumps
+    assert ("threshold" in torch.load(tmp_path / "sae.pth", weights_only=True)["state_dict"]) == hasattr(sae, "threshold")
     if architecture == "topk":
         assert (sae.encode(x) > 0).sum(1).max() <= K
 
