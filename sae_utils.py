@@ -390,12 +390,14 @@ class BatchTopK(TopK):
         return {}, {"threshold": torch.zeros(d_sae)}
 
     def kept(self, k, pre_acts, near=0.0):
-        candidates = pre_acts.flatten()
-        if near > 0:
-            among = pre_acts > near
-            if among.sum() >= k * len(pre_acts):
+        candidates, wanted = pre_acts.flatten(), k * len(pre_acts)
+        if pre_acts.device.type == "cpu":  # the largest of few are found much faster: of those above a value that enough exceed
+            sample = candidates[:: -(-len(candidates) // 2**20)]
+            guess = near or sample.topk(min(len(sample), -(-2 * wanted * len(sample) // len(candidates))), sorted=False).values.min()
+            among = pre_acts > guess
+            if guess > 0 and among.sum() >= wanted:
                 candidates = candidates[nonzero_flat(among)]
-        cutoff = candidates.topk(k * len(pre_acts), sorted=False).values.min()
+        cutoff = candidates.topk(wanted, sorted=False).values.min()
         return (pre_acts >= cutoff) & (pre_acts > 0)
 
     def acts(self, sae, pre_acts, columns):
@@ -587,12 +589,13 @@ class SAE(nn.Module):
         return self.denormalise(self.decode_unit(self.encode_unit(x_unit)), norm)
 
     @torch.no_grad()
-    def fit_scale(self, x_unit: Tensor) -> float:
-        """Multiplies W_enc, and a threshold, by the number that makes the first reconstruction of x_unit (n, d_in) fit best,
-        and returns it. Before training only: of ReLU, the transpose as it is gives d_sae / (2 d_in) times too much."""
+    def fit_scale(self, x_unit: Tensor, share: float = 0.5) -> float:
+        """Multiplies W_enc, and a threshold, by `share` of the number that makes the first reconstruction of x_unit (n, d_in)
+        fit best, and returns the factor. Before training only: of ReLU, the transpose as it is gives d_sae / (2 d_in) times
+        too much. Half, since from there fewer latents die and more known directions are found (README)."""
         acts = self.rule.train(self, self.pre_acts(x_unit))
         x_unit_hat = acts @ self.W_dec
-        scale = ((x_unit * x_unit_hat).sum() / x_unit_hat.square().sum().clamp_min(1e-12)).item()
+        scale = share * ((x_unit * x_unit_hat).sum() / x_unit_hat.square().sum().clamp_min(1e-12)).item()
         for tensor in (self.W_enc, *([self.threshold] if hasattr(self, "threshold") else [])):
             tensor.mul_(scale)
         return scale

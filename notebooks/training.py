@@ -395,6 +395,18 @@ def load_checkpoint(path: Path, trainer: Trainer, rows: str) -> dict:
     return saved
 
 
+def step_bytes(sae: sae_utils.SAE, batch_size: int, auxk_weight: float = 0.0, kernel: bool = True) -> int:
+    """Memory that training takes at most beyond the rows: weights, gradients and Adam's moments, and what a step
+    holds for each of its batch_size * d_sae entries, as measured on a CPU (tests/test_training.py measures it again)."""
+    if not (kernel and has_kernel(sae.rule)):
+        each = 30 + 5 * (auxk_weight > 0)
+    elif sae.W_enc.device.type == "cpu" and 0 < sae.k < SPARSE_BELOW * sae.d_sae:
+        each = 14 if sae.rule.jumps else 8
+    else:
+        each = 18 + 11 * (auxk_weight > 0)
+    return 16 * sum(p.numel() for p in sae.parameters()) + batch_size * (each * sae.d_sae + 16 * len(sae.rule.ends(sae.d_sae)) * sae.d_in)
+
+
 @torch.no_grad()
 def settle(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most: int = 32768, chunk: int = 1024) -> float | None:
     """Sets the threshold of an architecture that is used with one such that L0 is k on the rows `index` (at most `most`

@@ -1,6 +1,10 @@
 """The training step against autograd, its order of the data, going on after a stop, the doctor."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,7 +157,7 @@ def test_training_starts_at_the_scale_that_fits(architecture, expansion):
     """No other multiple of the encoder reconstructs better, which would cost more than knowing nothing without it."""
     sae, x = u.SAE(D_IN, expansion * D_IN, architecture=architecture, k=K).requires_grad_(False), unit_rows(500)
     mse = lambda: ((sae.rule.train(sae, sae.pre_acts(x)) @ sae.W_dec - x).double().square().mean() / x.double().square().mean()).item()
-    before, scale = mse(), sae.fit_scale(x)
+    before, scale = mse(), sae.fit_scale(x, share=1.0)
     if architecture == "relu":
         assert 0.7 < scale * expansion / 2 < 1.05 and before > expansion / 8
     best = mse()
@@ -189,6 +193,38 @@ def test_mse_of_a_large_batch_keeps_its_digits():
     trainer = training.Trainer(sae)
     trainer.step(x, 0.0)
     assert trainer.read()["mse"] == pytest.approx(expected, rel=1e-5)
+
+
+MEASURE = """
+import re, sys, threading
+import torch, sae_utils, training
+rss = lambda: 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+architecture, auxk_weight = sys.argv[1], float(sys.argv[2])
+torch.set_num_threads(1)
+torch.randn(64, 64) @ torch.randn(64, 64)
+before, peak, over = rss(), [0], threading.Event()
+def watch():
+    while not over.wait(0.0005):
+        peak[0] = max(peak[0], rss())
+sae, x = sae_utils.SAE(64, 16384, architecture=architecture, k=16), torch.nn.functional.normalize(torch.randn(2048, 64), dim=1)
+watcher = threading.Thread(target=watch)
+watcher.start()
+trainer = training.Trainer(sae, 3e-4, auxk_weight, dead_after=1)
+trainer.any_dead = auxk_weight > 0
+for _ in range(2):
+    trainer.step(x, 1e-3)
+over.set()
+watcher.join()
+print((peak[0] - before) / training.step_bytes(sae, len(x), auxk_weight))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read where Linux tells it")
+@pytest.mark.parametrize("case", ["relu 0", "relu 0.1", "topk 0", "batchtopk 0", "matryoshka 0.1", "jumprelu 0", "gated 0.1"])
+def test_a_step_takes_the_memory_that_the_card_says(case):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(u.ROOT), str(u.ROOT / "notebooks")])}
+    said = subprocess.run([sys.executable, "-c", MEASURE, *case.split()], env=env, capture_output=True, text=True, check=True).stdout
+    assert 0.6 < float(said) < 1.3
 
 
 def test_a_latent_is_dead_after_so_many_rows():
