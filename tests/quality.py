@@ -60,6 +60,8 @@ for architecture in ("topk", "batchtopk", "matryoshka"):
     for k in (8, 16, 24):
         RECIPES[f"{architecture} k {k}"] = {"architecture": architecture, "k": k, "auxk_weight": 1 / 32, "lr": 1.2e-2}
     RECIPES[f"{architecture} k 16, unit"] = RECIPES[f"{architecture} k 16"] | {"normalize": "unit"}
+RECIPES |= {f"jumprelu, target {k}": {"architecture": "jumprelu", "k": k, "l0_weight": 0.03, "lr": 1.2e-2} for k in (8, 16, 24)}
+RECIPES |= {f"gated, L1 weight {w}": {"architecture": "gated", "l1_weight": w} for w in (0.147, 0.3, 0.6)}
 GRID = {
     f"relu, L1 weight {w}, {n:,} activations": {"l1_weight": w, "n_activations": n, "normalize": "unit"}
     for w in (0.06, 0.147, 0.35)
