@@ -173,8 +173,12 @@ def open_report(path: Path, running_title: str):
     """A Report that is written to `path` when all went well."""
     with sae_utils.atomic(path) as temporary, matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(temporary) as pdf:
         report = Report(pdf, plain(running_title))
-        yield report
-        report.end()
+        try:
+            yield report
+            report.end()
+        finally:
+            if report.fig:  # the report failed
+                plt.close(report.fig)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -399,7 +403,8 @@ def first_page(pages: Report, params: dict, sae: sae_utils.SAE, metrics: dict) -
     for line in [*metrics["doctor"], *metrics["notices"]] or ["Neither the doctor nor a notice."]:
         pages.paragraph(line)
     pages.heading("Settings", needs=2)
-    items = [textwrap.shorten(f"{name}: {value}" if value != "" else f"{name}: -", 58, placeholder="…") for name, value in params.items()]
+    items = [f"{name}: {value}" if value != "" else f"{name}: -" for name, value in params.items()]
+    items = [item if len(item) <= 58 else item[:57] + "…" for item in items]
     half = -(-len(items) // 2)
     for i in range(half):
         pages.room(0.16)
@@ -462,7 +467,7 @@ def definitions(pages: Report) -> None:
 def write_overview(path: Path, title: str, four: list) -> None:
     """One picture of a run: `title` and four drawings (functions of a figure), row by row."""
     fig = plt.figure(figsize=(13, 9), layout="constrained")
-    fig.suptitle("\n".join(sae_utils.plot_text(line) for line in textwrap.wrap(title, 150)), size=11)
+    fig.suptitle("\n".join(sae_utils.plot_text(plain(line)) for line in textwrap.wrap(title, 150)), size=11)
     for part, draw in zip(fig.subfigures(2, 2, height_ratios=[6, 5]).flat, four, strict=True):
         draw(part)
     with sae_utils.atomic(path) as temporary:
