@@ -207,14 +207,15 @@ def findings(metrics: dict, n_duplicates: int, dense_share: float, on_one_token:
         f"{value('untrained', 'ce_increase'):.3f} nats (FVU {value('untrained', 'fvu'):.3f}).",
         f"The most probable next token changes on {metrics['top1_changed']:.1%} of tokens; reconstructions are {metrics['norm_ratio']:.3f} times as long as the "
         f"activations (from the mean), at a cosine of {metrics['cosine']:.3f}.",
-        f"{len(lists['dead']):,} latents are dead on held-out text, {len(lists['ultra_dense']):,} fire on more than a tenth of the tokens (they make {dense_share:.0%} of L0), "
-        f"and {n_duplicates:,} pairs have nearly the same direction. {on_one_token / max(1, live):.0%} of the live ones fire nine times in ten on a single token.",
+        f"{len(lists['dead']):,} latents are dead on held-out text, {len(lists['ultra_dense']):,} fire on more than a tenth of the tokens "
+        f"(they make {dense_share:.0%} of L0), and {n_duplicates:,} pairs have nearly the same direction. "
+        f"{on_one_token / max(1, live):.0%} of the live ones fire nine times in ten on a single token.",
     ]  # fmt: skip
     if "known" in metrics:
         hidden, found = metrics["known"], metrics["known"]["found"]
         sentences.append(
-            f"Of {hidden['hidden']} values of {hidden['variables']} variables that the token at hand does not show, {found['trained']} are matched by a latent with an F1 of 0.9 or more "
-            f"on rows that had no say in the choice (untrained SAE: {found['untrained']}, PCA: {found['pca']})."
+            f"Of {hidden['hidden']} values of {hidden['variables']} variables that the token at hand does not show, {found['trained']} are matched "
+            f"by a latent with an F1 of 0.9 or more on rows that had no say in the choice (untrained SAE: {found['untrained']}, PCA: {found['pca']})."
         )
     return sentences
 

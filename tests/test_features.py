@@ -261,7 +261,7 @@ def test_places_shown_are_the_top_ones_then_one_of_each_tenth(rows, sparse_sae):
     assert shown["tokens"].shape == shown["acts"].shape == (48, features.TOP + 10, 2 * features.AROUND + 1)
     assert (shown["tokens"][5] == -1).all() and (shown["acts"][5] == 0).all()  # it never fires
     for latent in range(48):
-        for row, place in [*zip(found["top_rows"][latent], range(features.TOP), strict=True), *zip(found["decile_rows"][latent, :, 0], range(features.TOP, features.TOP + 10), strict=True)]:
+        for place, row in enumerate([*found["top_rows"][latent], *found["decile_rows"][latent, :, 0]]):
             assert shown["tokens"][latent, place, features.AROUND] == (rows.token_ids[row] if row >= 0 else -1)
     torch.testing.assert_close(shown["acts"][:, : features.TOP, features.AROUND].float(), found["top_values"], rtol=2e-3, atol=1e-4)
 
@@ -272,7 +272,9 @@ def test_kinds_that_a_latent_mostly_fires_on():
         "fired_classes": torch.tensor([[0.0, 0.95, 0.0, 1.0, 0.0], [0.91, 0.1, 0.2, 0.3, 0.9]]), "base_classes": torch.tensor([0.1, 0.2, 0.1, 0.6, 0.44]),
     }  # fmt: skip
     mostly = {kind: which.tolist() for kind, which in features.mostly_on(found).items()}
-    assert mostly == {"one token": [True, False], "the first two positions": [False, True], "class: digit": [False, True], "class: capital": [True, False], "class: punctuation": [False, False], "class: in a word": [False, False]}
+    neither = dict.fromkeys(("class: punctuation", "class: in a word"), [False, False])
+    of_second = dict.fromkeys(("the first two positions", "class: digit"), [False, True])
+    assert mostly == dict.fromkeys(("one token", "class: capital"), [True, False]) | of_second | neither
 
 
 def test_places_at_equal_steps():
@@ -290,7 +292,8 @@ def test_what_is_kept_is_read_back(tmp_path):
 
 def test_classes_beside_their_members():
     facts = [{"variable": v, "value": value} for v in ("colour", "food", "day", "pair") for value in ("any", "x", "y", "z", "w")][:-2]  # "pair" has two members
-    best = {"f1": torch.tensor([0.3, 0.9, 0.8, 0.7, 0.1] + [0.9, 0.1, 0.2, 0.1, 0.2] + [0.9, 1.0, 1.0, 1.0, 1.0] + [0.9, 1.0, 1.0]), "column": torch.tensor([9, 1, 2, 2, 4] + list(range(13))), "threshold": torch.rand(18)}
+    f1 = torch.tensor([0.3, 0.9, 0.8, 0.7, 0.1] + [0.9, 0.1, 0.2, 0.1, 0.2] + [0.9, 1.0, 1.0, 1.0, 1.0] + [0.9, 1.0, 1.0])
+    best = {"f1": f1, "column": torch.tensor([9, 1, 2, 2, 4] + list(range(13))), "threshold": torch.rand(18)}
     hidden = torch.ones(18, dtype=torch.bool)
     hidden[4] = hidden[10] = False  # colour's last member shows; so does the class of days
     (split,) = features.splits(facts, hidden, best)

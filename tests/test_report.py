@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 import experiment
@@ -171,7 +172,8 @@ def test_a_report_of_hostile_text(tmp_path, metrics, kept, written):
     data = (tmp_path / "report.pdf").read_bytes()
     assert data[:5] == b"%PDF-" and len(re.findall(rb"/Type /Page\b", data)) == pages.number and [path.name for path in tmp_path.iterdir()] == ["report.pdf"]
     on = lambda page: "\n".join(text for number, text in written if number == page)
-    for text in ("org/$$, layer 3", "model.<layers>.$1, 8 wide, 16 latents (relu); text: 猫.txt", "first $$ 猫", "second", "too few of $$", "<script> is noticed", "hook: -", "l1_coeff: 0.0003", "column: " + "x" * 49 + "…"):
+    head = ["org/$$, layer 3", "model.<layers>.$1, 8 wide, 16 latents (relu); text: 猫.txt", "first $$ 猫", "second", "too few of $$", "<script> is noticed"]
+    for text in [*head, "hook: -", "l1_coeff: 0.0003", "column: " + "x" * 49 + "…"]:
         assert text in on(1), text
     assert "12,345" in on(2) and "'$$' (3, position 7)" in " ".join(on(2).split()) and "this" in on(2) and "+0.500" in on(2)
     rest = "\n".join(text for number, text in written if number > 3)
@@ -216,8 +218,8 @@ def test_overview_and_tensorboard(tmp_path, metrics):
     text = lambda name: events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| model_name | a\\|b |" in text("settings") and "| FVU |" in text("fidelity") and text("findings") == "first $$ 猫\n\nsecond"
     assert events.Scalars("final/fvu")[0].value == 0.25 and "final/ce_recovered" not in events.Tags()["scalars"]
-    hparams = {tag for tag in events.summary_metadata if tag.startswith("_hparams_")}
-    assert hparams
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert set(plugin_data_pb2.HParamsPluginData.FromString(start).session_start_info.hparams) == {"model_name", "layer", "chat"}  # what an experiment is
 
 
 @pytest.mark.parametrize(
