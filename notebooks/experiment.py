@@ -363,14 +363,22 @@ def relabel(run_dir: str) -> Path:
     return page
 
 
+def readable(record: logging.LogRecord) -> bool:
+    """A filter of papermill's log: out with its own noise, with what only a notebook can show (figures, tables, widgets,
+    of which a log has but the type's name), and with blank lines after outputs."""
+    noise = ("Executing", "Ending", "Input", "Output", "Working", "Passed unknown")
+    shown = r"<Figure size \S+ with \d+ Axes>|<IPython\.core\.display\.\w+ object>|VBox\(children=.*"
+    record.msg, record.args = record.getMessage().rstrip("\n"), ()
+    return bool(record.msg) and not record.msg.startswith(noise) and not re.fullmatch(shown, record.msg)
+
+
 def main(args: list[str]) -> int:
     """0 when all went well; 2 for a mistake the user can mend, told in one sentence; 130 interrupted; else 1."""
     import click
     import papermill
 
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
-    noise = ("Executing", "Ending", "Input", "Output", "Working", "Passed unknown")
-    logging.getLogger("papermill").addFilter(lambda record: not record.getMessage().startswith(noise))
+    logging.getLogger("papermill").addFilter(readable)
     try:
         if args[0] == "activations":
             harvest_layers(args[1], args[2:])

@@ -167,6 +167,14 @@ def shares(found: dict[str, Tensor], rows, as_text, highest: Tensor, n_tokens: i
     }  # fmt: skip
 
 
+def mostly_on(found: dict[str, Tensor], more_than: float = 0.9) -> dict[str, Tensor]:
+    """{kind: (d_sae) boolean}, of what `shares` returns: latents of whose places more than such a share are one token,
+    the first two positions, or one class. Classes that hold nearly half of all tokens are left out: it says little."""
+    kinds = {"one token": found["fired_tokens_share"][:, 0], "the first two positions": found["fired_positions"][:, :2].sum(1)}
+    kinds |= {f"class: {name}": found["fired_classes"][:, i] for i, name in enumerate(CLASSES) if found["base_classes"][i] < 0.45}
+    return {kind: share > more_than for kind, share in kinds.items()}
+
+
 @torch.no_grad()
 def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024) -> tuple[Tensor, Tensor, list[tuple[int, int, float]]]:
     """(nearest (d_sae), cosine (d_sae), pairs): for each decoder row the other one most like it, and all
@@ -184,6 +192,17 @@ def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024) -> 
             if first + i < j:
                 pairs.append((first + i, j, cosines[i, j].item()))
     return torch.cat(nearest), torch.cat(cosine), sorted(pairs, key=lambda pair: -pair[2])
+
+
+def shown_contexts(sae: sae_utils.SAE, rows, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The places of `contexts` that a page shows, with what stands around them: tokens (d_sae, TOP + 10, 2 * AROUND + 1)
+    int32 and acts likewise in float16; the top ones, then the first of each decile. Token -1: there is none."""
+    shown = torch.cat([found["top_rows"], found["decile_rows"][:, :, 0]], dim=1)  # (d_sae, TOP + 10)
+    latent, place = (shown >= 0).nonzero(as_tuple=True)
+    tokens = torch.full((*shown.shape, 2 * AROUND + 1), -1, dtype=torch.int32)
+    acts = torch.zeros(tokens.shape, dtype=torch.float16)
+    tokens[latent, place], acts[latent, place] = surroundings(sae, rows, latent, shown[latent, place])
+    return {"tokens": tokens, "acts": acts}
 
 
 @torch.no_grad()
@@ -264,6 +283,13 @@ def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[
     return {name: torch.cat(parts) for name, parts in results.items()}
 
 
+def evenly_drawn(found: dict[str, Tensor], latent: int, n: int) -> Tensor:
+    """Rows (at most n) at which the latent fires, at equal steps through those that `contexts` drew, weakest first."""
+    drawn = found["drawn_rows"][latent]
+    drawn = drawn[drawn >= 0]
+    return drawn[torch.linspace(0, len(drawn) - 1, min(n, len(drawn))).long()]
+
+
 @torch.no_grad()
 def measured_effect(model, tokenizer, hook_name: str, sae: sae_utils.SAE, latent: int, rows, places: Tensor, k: int = 5) -> dict:
     """What the model says otherwise when the latent is ablated, at rows `places` where it fires.
@@ -289,6 +315,35 @@ def measured_effect(model, tokenizer, hook_name: str, sae: sae_utils.SAE, latent
 
 
 # ---------------------------------------------------------------------------------------------
+# What it matches, where the text's variables are known
+# ---------------------------------------------------------------------------------------------
+
+
+def matches(facts: list[dict], hidden: Tensor, best: dict[str, dict[str, Tensor]]) -> list[dict]:
+    """known.csv: a line for each fact (of `known.read`) with the trained SAE's best latent and threshold, and the F1 of
+    the best column of each of `best` {name: `known.best_f1`}."""
+    return [
+        {"variable": fact["variable"], "value": fact["value"], "hidden": bool(hidden[i]), "latent": int(best["trained"]["column"][i])}
+        | {"threshold": round(best["trained"]["threshold"][i].item(), 4)}
+        | {f"f1_{name}": round(b["f1"][i].item(), 6) for name, b in best.items()}
+        for i, fact in enumerate(facts)
+    ]
+
+
+def splits(facts: list[dict], hidden: Tensor, best: dict[str, Tensor]) -> list[dict]:
+    """Classes beside their members: F1 of the best latent for a hidden variable as a whole (value "any"), the mean over its
+    hidden values, how many those are and by how many latents they are matched. Only variables of more than two such
+    values, whose mean F1 is above one half: elsewhere there is nothing to compare."""
+    f1, found = best["f1"], []
+    for whole, fact in enumerate(facts):
+        members = [i for i, other in enumerate(facts) if other["variable"] == fact["variable"] and i != whole and hidden[i]]
+        if fact["value"] == "any" and hidden[whole] and len(members) > 2 and f1[members].mean() > 0.5:
+            line = {"variable": fact["variable"], "class_f1": f1[whole].item(), "members_f1": f1[members].mean().item()}
+            found.append(line | {"members": len(members), "latents": len(best["column"][members].unique())})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------
 
@@ -305,6 +360,14 @@ def read_labels(path: Path) -> dict[int, str]:
             raise sae_utils.UserError(f"{sae_utils.show_path(path)}, line {number}: a line is a latent's number, a comma and its name, not {','.join(row)!r}.")
         labels[int(row[0])] = ",".join(row[1:]).strip()
     return labels
+
+
+def save(path: Path, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """features.npz: all of `found` but the places drawn, of which the figures are there already. Returns what it holds."""
+    kept = {name: value.numpy() for name, value in found.items() if not name.startswith("drawn")}
+    with sae_utils.atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **kept)
+    return kept
 
 
 def card(saved: dict, latent: int, as_text, label: str = "", n: int = 5) -> str:

@@ -1,8 +1,13 @@
-"""Pages of a PDF report: running text, tables and contexts that flow from page to page, and drawings.
+"""What a run shows: its figures, its findings in sentences, and the pages, tables and files they end up in.
 
-Fonts are embedded; a character that matplotlib's font lacks is shown as a box.
+A figure is a function of a `fig` and the data it shows, so that the same drawing serves the notebook,
+TensorBoard, a page of report.pdf and overview.png. `Report` is the pages: running text, tables and
+contexts that flow from one to the next. Fonts are embedded; a character that matplotlib's font lacks
+is shown as a box.
 """
 
+import csv
+import html
 import textwrap
 from contextlib import contextmanager
 from functools import cache
@@ -10,16 +15,43 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from matplotlib import font_manager
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
+import fidelity
 import sae_utils
 
 A4 = (8.27, 11.69)  # inches
 LEFT, RIGHT, TOP, BOTTOM = 0.8, 0.8, 0.8, 0.8  # margins, inches
 MONO = 0.602  # width of a character of DejaVu Sans Mono, in units of its size
+
+# What the words of the report mean; its last page.
+DEFINITIONS = {
+    "activation": "a row of numbers: the output of the hooked module at one token",
+    "latent": "a unit of the SAE; it has a direction (its decoder row, of norm 1) and fires on a token when its activation is above 0",
+    "FVU": "squared error of the reconstruction over the squared distance of the activations from their mean, sums over held-out rows",
+    "L0": "latents active per token, on average",
+    "dead": "latents silent on every held-out row",
+    "density": "share of the held-out tokens on which a latent fires",
+    "strength": "a latent's largest activation on held-out rows, where a token has norm 1 (normalize scale: on average)",
+    "CE": "mean next-token cross-entropy in nats, over all tokens of the held-out windows; BOS keeps its activation in every arm",
+    "CE recovered": "(CE silenced - CE of the arm) / (CE silenced - CE untouched), silenced meaning zero, or the mean",
+    "KL": "mean over tokens of KL(untouched || arm) of the next-token distribution, in nats",
+    "cosine, norm ratio": "of reconstruction and activation, both from the training mean, averaged over rows",
+    "promotes": "tokens whose logit the latent's direction raises most by the direct path, to first order",
+    "ablated": "set to 0 wherever it fires, all else kept; changes are of the logarithm of the next token's mean probability over the places",
+    "interval": "95 % of bootstrap draws over held-out documents",
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Pages
+# ---------------------------------------------------------------------------------------------
 
 
 @cache
@@ -124,15 +156,15 @@ class Report:
         self.put(x + 6 * advance, "".join(pieces)[:most], size=size, family="monospace")
         self.y -= 1.6 * size / 72
 
-    def drawings(self, title: str, parts: list) -> None:
-        """A page of figures from top to bottom: pairs of a function that draws onto a figure and its share of the height."""
+    def drawings(self, title: str, drawings: dict, **shares: float) -> None:
+        """A page of figures from top to bottom: those of `drawings` (functions of a figure) that `shares` names, each with its share of the height."""
         self.end()
         self.fig = plt.figure(figsize=A4, layout="constrained")
         self.fig.get_layout_engine().set(rect=(0.07, 0.06, 0.86, 0.86), hspace=0.04)
         self.fig.text(LEFT / A4[0], 1 - TOP / A4[1], title, size=12, weight="bold", va="bottom")
-        frames = self.fig.subfigures(len(parts), 1, height_ratios=[share for _, share in parts], squeeze=False)
-        for (draw, _), frame in zip(parts, frames.flat, strict=True):
-            draw(frame)
+        frames = self.fig.subfigures(len(shares), 1, height_ratios=list(shares.values()), squeeze=False)
+        for name, frame in zip(shares, frames.flat, strict=True):
+            drawings[name](frame)
         self.end()
 
 
@@ -141,5 +173,317 @@ def open_report(path: Path, running_title: str):
     """A Report that is written to `path` when all went well."""
     with sae_utils.atomic(path) as temporary, matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(temporary) as pdf:
         report = Report(pdf, plain(running_title))
-        yield report
-        report.end()
+        try:
+            yield report
+            report.end()
+        finally:
+            if report.fig:  # the report failed
+                plt.close(report.fig)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run found, in sentences and lines
+# ---------------------------------------------------------------------------------------------
+
+
+def findings(metrics: dict, n_duplicates: int, dense_share: float, on_one_token: int) -> list[str]:
+    """What a run found, each sentence with the run's own numbers; the first one stands alone.
+
+    `metrics` as in metrics.json (its "known" only where the text's variables are known); `n_duplicates`:
+    pairs of latents with nearly the same direction; `dense_share`: part of L0 that the ultra-dense latents
+    make (0 to 1); `on_one_token`: live latents that fire nine times in ten on a single token.
+    """
+    value = lambda arm, name: metrics["fidelity"][arm][name][0]
+    _, low, high = metrics["fidelity"]["sae"]["ce_increase"]
+    lists, live = metrics["latents"], metrics["d_sae"] - len(metrics["latents"]["dead"])
+    recovered = "too small a gap to say" if metrics["ce_recovered"] is None else f"{metrics['ce_recovered']:.3f}"
+    sentences = [
+        f"On held-out text the SAE explains {1 - metrics['fvu']:.1%} of the variance "
+        f"with {metrics['l0']:.1f} of {metrics['d_sae']:,} latents per token; "
+        f"cross-entropy rises by {metrics['ce_spliced'] - metrics['ce_clean']:.3f}, from {metrics['ce_clean']:.3f} to {metrics['ce_spliced']:.3f} nats "
+        f"(zeroed: {metrics['ce_zero']:.3f}; ce_recovered {recovered}); {metrics['dead']:.1%} of the latents are dead.",
+        f"The rise of the cross-entropy lies between {low:.4f} and {high:.4f} nats (95 %, documents drawn again). The same number of principal components "
+        f"costs {value('pca', 'ce_increase'):.3f} nats and leaves an FVU of {value('pca', 'fvu'):.3f}; as many random directions cost "
+        f"{value('untrained', 'ce_increase'):.3f} nats (FVU {value('untrained', 'fvu'):.3f}).",
+        f"The most probable next token changes on {metrics['top1_changed']:.1%} of tokens; reconstructions are {metrics['norm_ratio']:.3f} times as long as the "
+        f"activations (from the mean), at a cosine of {metrics['cosine']:.3f}.",
+        f"{len(lists['dead']):,} latents are dead on held-out text, {len(lists['ultra_dense']):,} fire on more than a tenth of the tokens "
+        f"(they make {dense_share:.0%} of L0), and {n_duplicates:,} pairs have nearly the same direction. "
+        f"{on_one_token / max(1, live):.0%} of the live ones fire nine times in ten on a single token.",
+    ]  # fmt: skip
+    if "known" in metrics:
+        hidden, found = metrics["known"], metrics["known"]["found"]
+        sentences.append(
+            f"Of {hidden['hidden']} values of {hidden['variables']} variables that the token at hand does not show, {found['trained']} are matched "
+            f"by a latent with an F1 of 0.9 or more on rows that had no say in the choice (untrained SAE: {found['untrained']}, PCA: {found['pca']})."
+        )
+    return sentences
+
+
+def data_lines(data_card: dict) -> list[tuple[str, str]]:
+    """(name, number as text) of every number of a data card, the quantiles of the distance from the mean last."""
+    numbers = {name.replace("_", " "): value for name, value in data_card.items() if isinstance(value, (int, float))}
+    numbers |= {f"distance from the mean, {q}": value for q, value in data_card["distance_from_mean"].items()}
+    return [(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}") for name, value in numbers.items()]
+
+
+def html_table(lines: list[list[str]]) -> str:
+    """Lines of cells as an HTML table; a newline in a cell is a line break, everything else is text."""
+    cell = lambda text: html.escape(text).replace("\n", "<br>")
+    return "<table>" + "".join("<tr>" + "".join(f"<td>{cell(text)}</td>" for text in line) + "</tr>" for line in lines) + "</table>"
+
+
+def markdown_table(lines: list) -> str:
+    """The same for TensorBoard, which reads Markdown; the first line is the headings. A cell has no line breaks and no bars of its own."""
+    cell = lambda value: str(value).replace("\n", " ").replace("|", "\\|")
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A line for each of `rows`, whose keys are the headings."""
+    with sae_utils.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fieldnames=list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------
+
+
+def norms_figure(fig, distance: Tensor, mean_norm: float) -> None:
+    """Histogram of the rows' `distance` (rows) from the mean, whose own norm is marked; all in the model's units."""
+    ax = fig.add_subplot()
+    ax.hist(distance.log10().numpy(), bins=100, color="tab:blue")
+    ax.axvline(np.log10(mean_norm), color="tab:red", label="norm of the mean")
+    ax.set(xlabel="log10 of the distance from the mean", ylabel="rows")
+    ax.set_title("How far tokens lie from the mean")
+    ax.legend()
+
+
+def learning_rate_figure(fig, schedule: tuple) -> None:
+    """The learning rate over all steps; `schedule` is what `learning_rate` takes after the step."""
+    ax, steps = fig.add_subplot(), np.linspace(0, schedule[0], 500)
+    ax.plot(steps, [sae_utils.learning_rate(step, *schedule) for step in steps])
+    ax.set(xlabel="step", ylabel="learning rate", title="Warm-up, cosine to a share of the peak, then held")
+
+
+def curves_figure(fig, history: list[dict], architecture: str) -> None:
+    """What a run's epochs recorded, in six panels.
+
+    With a penalty on L1 ("relu") the loss stands beside its reconstruction part. With a `k` the training loss
+    may hold further terms (nested parts, AuxK), so there the two reconstruction errors are compared.
+    """
+    panels = {
+        "loss, and its reconstruction part": ["loss", "held_out_loss", "mse"] if architecture == "relu" else ["mse", "held_out_loss"],
+        "variance unexplained on held-out rows": ["held_out_fvu"],
+        "latents active per token": ["l0", "held_out_l0"],
+        "share of latents silent": ["dead", "held_out_dead"],
+        "how often latents fire (quantiles)": ["density_q10", "density_median", "density_q90"],
+        "learning rate at the epoch's end": ["lr"],
+    }
+    axes = fig.subplots(3, 2, sharex=True)
+    for ax, (title, names) in zip(axes.flat, panels.items(), strict=True):
+        values = [h[name] for h in history for name in names]
+        for name in names:
+            ax.plot([h["epoch"] for h in history], [h[name] for h in history], ".-", label=name)
+        ax.set(title=title, yscale="log" if max(values) > 3 * min(values) > 0 and names[0] not in ("dead", "lr") else "linear")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if names[0] in ("dead", "lr"):
+            ax.set_ylim(bottom=0)
+        if len(names) > 1:
+            ax.legend(fontsize="x-small", framealpha=0.4, labelspacing=0.2)
+    fig.supxlabel("epoch")
+
+
+def cross_entropies_figure(fig, figures: dict[str, dict]) -> None:
+    """Cross-entropy (nats) of every arm of `fidelity.table`."""
+    ax = fig.add_subplot()
+    names = [name for name in fidelity.ARMS if name in figures]
+    values = [figures[name]["ce"][0] for name in names]
+    colours = ["tab:green", "tab:blue"] + ["tab:gray"] * (len(names) - 2)
+    bars = ax.barh([fidelity.ARMS[name].replace("\n", " ") for name in names], values, color=colours)
+    ax.bar_label(bars, fmt="%.3f", padding=3)
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.set(xlabel="next-token cross-entropy (nats), held-out text", title="What the model loses with each in place of the activation")
+
+
+def density_figure(fig, density: Tensor) -> None:
+    """Histogram of `density` (d_sae): dead latents have no place on a log axis and are counted in the title."""
+    ax, alive = fig.add_subplot(), density > 0
+    ax.hist(density[alive].log10().numpy(), bins=60, color="tab:blue")
+    ax.axvline(-1, color="tab:red", lw=0.8, label=f"ultra-dense: {int((density > 0.1).sum())}")
+    title = f"{int(alive.sum()):,} live latents, {int((~alive).sum()):,} dead"
+    ax.set(xlabel="log10 of density (share of held-out tokens)", ylabel="latents", title=title)
+    ax.legend(fontsize="small")
+
+
+def density_strength_figure(fig, density: Tensor, strength: Tensor, mean_act: Tensor) -> None:
+    """How often against how strongly, for every live latent; all (d_sae)."""
+    ax, alive = fig.add_subplot(), density > 0
+    for values, name, colour in ((strength, "maximum", "tab:blue"), (mean_act, "mean when active", "tab:orange")):
+        ax.scatter(density[alive], values[alive], s=6, alpha=0.5, color=colour, label=name, linewidths=0, rasterized=True)
+    ax.set(xscale="log", yscale="log", xlabel="density (share of held-out tokens)", ylabel="activation")
+    ax.set_title("How often and how strongly latents fire")
+    ax.legend(fontsize="small")
+
+
+def on_grid(values: Tensor) -> np.ndarray:
+    """Values (d_sae) row by row on a grid about as wide as high, its width a power of two; NaN where the last row has none."""
+    width = 2 ** int(np.ceil(np.log2(len(values)) / 2))
+    grid = np.full((-(-len(values) // width), width), np.nan)
+    grid.flat[: len(values)] = values.numpy()
+    return grid
+
+
+def strength_heatmap(fig, strength: Tensor, mean_act: Tensor) -> None:
+    """Every latent's strength, in order of its number; both (d_sae)."""
+    for ax, (values, name) in zip(fig.subplots(1, 2, sharey=True), ((strength, "maximum"), (mean_act, "mean when active")), strict=True):
+        grid = on_grid(values)
+        image = ax.imshow(grid, cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
+        fig.colorbar(image, ax=ax, label="activation", location="bottom")
+        ax.set(xlabel=f"latent number, modulo {grid.shape[1]}", title=f"Strength: {name}")
+    fig.axes[0].set_ylabel(f"latent number // {grid.shape[1]}")
+
+
+def bar_heights(values: Tensor, density: Tensor, most: int = 1024) -> tuple[np.ndarray, int]:
+    """(heights, latents to a bar): means of `values` (d_sae) over neighbours in order of density, the most frequent first,
+    in at most `most` bars."""
+    group = -(-len(values) // most)
+    return np.array([part.mean().item() for part in values[density.argsort(descending=True)].split(group)]), group
+
+
+def strength_bars(fig, density: Tensor, strength: Tensor, mean_act: Tensor) -> None:
+    """The same in order of density, as bars in rows of 32; all (d_sae)."""
+    for place, (values, name) in enumerate(((strength, "maximum"), (mean_act, "mean when active")), 1):
+        heights, group = bar_heights(values, density)
+        rank = np.arange(len(heights))
+        ax = fig.add_subplot(1, 2, place, projection="3d")
+        colours = plt.cm.viridis(heights / max(heights.max(), 1e-9))
+        ax.bar3d(rank % 32, rank // 32, 0, 0.9, 0.9, heights, color=colours, rasterized=True)
+        ax.set(xlabel="place in the row", ylabel=f"row of {32 * group} latents", title=f"Strength: {name}")
+        ax.locator_params(axis="y", nbins=4, integer=True)
+        ax.set_box_aspect(None, zoom=0.85)
+    each = "" if group == 1 else f"; each bar is the mean of {group} latents"
+    fig.supxlabel(f"latents from the most frequent (row 0) to the rarest{each}", fontsize="small")
+
+
+def known_figure(fig, facts: list[dict], hidden: Tensor, f1: dict[str, Tensor], found: dict[str, int], blind: Tensor) -> None:
+    """Mean F1 over each variable's `hidden` (facts) values: of the best column of each of `f1` {name: (facts)}, of
+    which `found` reach 0.9, and of a claim that is `blind` (facts)."""
+    families = list(dict.fromkeys(fact["variable"] for fact, hard in zip(facts, hidden, strict=True) if hard))
+    ax, where = fig.add_subplot(), np.arange(len(families))
+    bars = {f"{name}: {found[name]} found": scores for name, scores in f1.items()} | {"the token alone, or 'always'": blind}
+    of = {family: hidden & torch.tensor([fact["variable"] == family for fact in facts]) for family in families}
+    height = 0.8 / len(bars)
+    for i, (name, scores) in enumerate(bars.items()):
+        means = [scores[of[family]].mean().item() for family in families]
+        ax.barh(where + (i - (len(bars) - 1) / 2) * height, means, height, label=name, color="lightgray" if scores is blind else None)
+    ax.set_yticks(where, families)
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 1), xlabel="mean F1 of the best latent for each value", title="Hidden variables and the latents that match them best")
+    ax.legend(fontsize="small", loc="lower right")
+
+
+# ---------------------------------------------------------------------------------------------
+# What the pages hold
+# ---------------------------------------------------------------------------------------------
+
+
+def first_page(pages: Report, params: dict, sae: sae_utils.SAE, metrics: dict) -> None:
+    """What was found, what deserves a second look, and the settings."""
+    pages.page()
+    pages.line(f"Sparse autoencoder: {params['model_name']}, layer {params['layer']}", size=16, weight="bold")
+    about = f"{sae.config['hook_name']}, {sae.d_in} wide, {sae.d_sae:,} latents ({sae.architecture}); text: {params['dataset_name']}"
+    pages.line(about, color="0.3", gap=2.5)
+    for sentence in metrics["findings"]:
+        pages.paragraph(sentence, size=10)
+    pages.heading("What deserves a second look")
+    for line in [*metrics["doctor"], *metrics["notices"]] or ["Neither the doctor nor a notice."]:
+        pages.paragraph(line)
+    pages.heading("Settings", needs=2)
+    items = [f"{name}: {value}" if value != "" else f"{name}: -" for name, value in params.items()]
+    items = [item if len(item) <= 58 else item[:57] + "…" for item in items]
+    half = -(-len(items) // 2)
+    for i in range(half):
+        pages.room(0.16)
+        pages.put(0, items[i], size=7.5)
+        pages.line(items[half + i] if half + i < len(items) else "", size=7.5, x=3.4)
+
+
+def data_and_fidelity(pages: Report, metrics: dict) -> None:
+    """The data card and the table of fidelity."""
+    pages.page()
+    pages.heading("The activations")
+    pages.table(["", ""], [list(line) for line in data_lines(metrics["data"])], [2.2, 1.2], size=7.5)
+    far = ", ".join(f"{place['token']!r} ({place['distance']:.3g}, position {place['position']})" for place in metrics["data"]["highest_norm_tokens"])
+    pages.paragraph(f"Farthest from the mean: {far}.")
+    pages.heading("Does the model still work?", needs=2.5)
+    headings, *lines = fidelity.cells(metrics["fidelity"])
+    pages.table(headings, lines, [1.15] + [5.5 / (len(headings) - 1)] * (len(headings) - 1))
+    pages.paragraph("Small print: 95 % of bootstrap draws over documents. Definitions are on the last page.", size=8)
+
+
+def latents(pages: Report, kept: dict, effects: dict[int, dict], as_text, labels: dict[int, str]) -> None:
+    """An entry for each latent of `effects` ({latent: `features.measured_effect`}); `kept` is what features.npz holds."""
+    pages.page()
+    pages.heading(f"{len(effects)} latents, from the rarest to the most frequent")
+    pages.paragraph(
+        "Four places where each fires most, then one from the first, the sixth and the last tenth of its activations; in all text, so that they may "
+        "exceed the strength, which is of held-out text. The framed token is the one; the shade is how strongly it fires, relative to its maximum."
+    )
+    for latent, effect in effects.items():
+        latent_entry(pages, latent, kept, effect, as_text, labels.get(latent, ""))
+
+
+def latent_entry(pages: Report, latent: int, kept: dict, effect: dict, as_text, label: str = "") -> None:
+    """One latent: contexts, what it promotes by the direct path, what is measured when it is ablated."""
+    pages.room(1.9)
+    at = lambda name: kept[name][latent]
+    name = f"latent {latent}" + (f": {label}" if label else "")
+    pages.line(f"{name}   density {at('density'):.3%}, strength {at('max_act'):.2f}", size=8.5, weight="bold", gap=1.8)
+    highest = max(at("max_act").item(), float(at("acts").max()))
+    n_places, width = at("tokens").shape  # the last ten places are one of each tenth; the token itself stands in the middle
+    for place in [0, 1, 2, 3, n_places - 10, n_places - 5, n_places - 1]:
+        there = at("tokens")[place] >= 0
+        if there[width // 2]:
+            acts, pieces = at("acts")[place], [as_text(int(token)) for token in at("tokens")[place][there]]
+            pages.tokens(f"{acts[width // 2]:.2f}", pieces, list(acts[there] / highest), int(there[: width // 2].sum()))
+    words = lambda ids: " ".join(as_text(int(token)).strip() or "·" for token in ids[:8])
+    pages.paragraph(f"promotes {words(at('promoted'))}   suppresses {words(at('suppressed'))}", size=7)
+    moved = "; ".join(f"{as_text(token).strip()} {change:+.2f}" for token, change in effect["falls"][:4] + effect["rises"][:3])
+    pages.paragraph(f"ablated: KL {effect['kl']:.4f}; {moved or 'nothing moves'}", size=7)
+    pages.y -= 0.08
+
+
+def definitions(pages: Report) -> None:
+    """What the words mean."""
+    pages.heading("Definitions", needs=3)
+    for word, meaning in DEFINITIONS.items():
+        pages.paragraph(f"{word}: {meaning}.", size=8)
+
+
+def write_overview(path: Path, title: str, four: list) -> None:
+    """One picture of a run: `title` and four drawings (functions of a figure), row by row."""
+    fig = plt.figure(figsize=(13, 9), layout="constrained")
+    fig.suptitle("\n".join(sae_utils.plot_text(plain(line)) for line in textwrap.wrap(title, 150)), size=11)
+    for part, draw in zip(fig.subfigures(2, 2, height_ratios=[6, 5]).flat, four, strict=True):
+        draw(part)
+    with sae_utils.atomic(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=100)
+    plt.close(fig)
+
+
+def add_to_tensorboard(writer, params: dict, metrics: dict, drawings: dict) -> None:
+    """Figures, settings, the table of fidelity and findings, and the parameters beside the results (HParams)."""
+    for name, draw in drawings.items():
+        fig = plt.figure(figsize=(8, 5), layout="constrained")
+        draw(fig)
+        writer.add_figure(name, fig)
+    writer.add_text("settings", markdown_table([["parameter", "value"], *params.items()]))
+    writer.add_text("fidelity", markdown_table(fidelity.cells(metrics["fidelity"])))
+    writer.add_text("findings", "\n\n".join(metrics["findings"]))
+    final = {f"final/{name}": metrics[name] for name in ("fvu", "l0", "dead", "ce_spliced", "ce_recovered", "kl") if metrics[name] is not None}
+    writer.add_hparams({name: value for name, value in params.items() if name not in ("run_dir", "device")}, final, run_name=".")

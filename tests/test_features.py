@@ -253,3 +253,51 @@ def test_measured_effect_against_an_ablation_by_hand(rows, sparse_sae, model, to
     for token, value in got["falls"] + got["rises"]:
         assert value == pytest.approx((after[token] / before[token]).log().item(), abs=1e-3)
     assert got["falls"][0][1] < 0 < got["rises"][0][1] and len(changes) == 7
+
+
+def test_places_shown_are_the_top_ones_then_one_of_each_tenth(rows, sparse_sae):
+    found = features.contexts(sparse_sae, rows.activations, torch.arange(len(rows)), rows.window_document[rows.window])
+    shown = features.shown_contexts(sparse_sae, rows, found)
+    assert shown["tokens"].shape == shown["acts"].shape == (48, features.TOP + 10, 2 * features.AROUND + 1)
+    assert (shown["tokens"][5] == -1).all() and (shown["acts"][5] == 0).all()  # it never fires
+    for latent in range(48):
+        for place, row in enumerate([*found["top_rows"][latent], *found["decile_rows"][latent, :, 0]]):
+            assert shown["tokens"][latent, place, features.AROUND] == (rows.token_ids[row] if row >= 0 else -1)
+    torch.testing.assert_close(shown["acts"][:, : features.TOP, features.AROUND].float(), found["top_values"], rtol=2e-3, atol=1e-4)
+
+
+def test_kinds_that_a_latent_mostly_fires_on():
+    found = {
+        "fired_tokens_share": torch.tensor([[0.95, 0.05], [0.5, 0.4]]), "fired_positions": torch.tensor([[0.1, 0.1, 0.8], [0.5, 0.45, 0.05]]),
+        "fired_classes": torch.tensor([[0.0, 0.95, 0.0, 1.0, 0.0], [0.91, 0.1, 0.2, 0.3, 0.9]]), "base_classes": torch.tensor([0.1, 0.2, 0.1, 0.6, 0.44]),
+    }  # fmt: skip
+    mostly = {kind: which.tolist() for kind, which in features.mostly_on(found).items()}
+    neither = dict.fromkeys(("class: punctuation", "class: in a word"), [False, False])
+    of_second = dict.fromkeys(("the first two positions", "class: digit"), [False, True])
+    assert mostly == dict.fromkeys(("one token", "class: capital"), [True, False]) | of_second | neither
+
+
+def test_places_at_equal_steps():
+    drawn = torch.full((3, 256), -1)
+    drawn[0], drawn[1, :3] = torch.arange(256), torch.tensor([7, 9, 8])
+    places = lambda latent, n: features.evenly_drawn({"drawn_rows": drawn}, latent, n).tolist()
+    assert places(0, 4) == [0, 85, 170, 255] and places(1, 16) == [7, 9, 8] and places(1, 2) == [7, 8] and places(2, 16) == []
+
+
+def test_what_is_kept_is_read_back(tmp_path):
+    found = {"density": torch.rand(4), "tokens": torch.zeros(4, 2, dtype=torch.int32), "drawn_rows": torch.zeros(4, 256)}
+    kept, back = features.save(tmp_path / "features.npz", found), np.load(tmp_path / "features.npz")
+    assert set(kept) == set(back) == {"density", "tokens"} and all(np.array_equal(kept[name], back[name]) and back[name].dtype == kept[name].dtype for name in kept)
+
+
+def test_classes_beside_their_members():
+    facts = [{"variable": v, "value": value} for v in ("colour", "food", "day", "pair") for value in ("any", "x", "y", "z", "w")][:-2]  # "pair" has two members
+    f1 = torch.tensor([0.3, 0.9, 0.8, 0.7, 0.1] + [0.9, 0.1, 0.2, 0.1, 0.2] + [0.9, 1.0, 1.0, 1.0, 1.0] + [0.9, 1.0, 1.0])
+    best = {"f1": f1, "column": torch.tensor([9, 1, 2, 2, 4] + list(range(13))), "threshold": torch.rand(18)}
+    hidden = torch.ones(18, dtype=torch.bool)
+    hidden[4] = hidden[10] = False  # colour's last member shows; so does the class of days
+    (split,) = features.splits(facts, hidden, best)
+    assert split["variable"] == "colour" and split["class_f1"] == pytest.approx(0.3) and split["members_f1"] == pytest.approx(0.8) and (split["members"], split["latents"]) == (3, 2)
+    lines = features.matches(facts, hidden, {"trained": best, "kmeans": best})
+    assert len(lines) == 18 and lines[0] | {"threshold": 0} == {"variable": "colour", "value": "any", "hidden": True, "latent": 9, "threshold": 0, "f1_trained": 0.3, "f1_kmeans": 0.3}
+    assert not lines[4]["hidden"] and [line["latent"] for line in lines[:3]] == [9, 1, 2]
