@@ -72,7 +72,7 @@ def test_reference_file_is_the_notebooks_defaults():
         ({"epochs": None}, "epochs must be a whole number"),
         ({"lr_min_ratio": 1.5}, "lr_min_ratio must be a number .0 to 1., not 1.5"),
         ({"normalize": "none"}, "normalize must be text .unit . scale., not 'none'"),
-        ({"architecture": "gated"}, "architecture must be text"),
+        ({"architecture": "vanilla"}, "architecture must be text .relu . topk . batchtopk . matryoshka . jumprelu . gated."),
     ],
 )
 def test_wrong_parameters_are_named(given, message):
