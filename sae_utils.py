@@ -88,7 +88,7 @@ def pick_device(name: str = "") -> str:
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name and not found.get(name.split(":")[0], False):
         raise UserError(f"device {name} is not available here; leave it empty to use {next(d for d in found if found[d])}.")
-    if ":" in name:
+    if name.startswith("cuda:"):
         torch.cuda.set_device(name)  # a recorded graph belongs to the current device
     return name or next(d for d in found if found[d])
 
@@ -128,16 +128,23 @@ def in_bytes(n: int) -> str:
 # ---------------------------------------------------------------------------------------------
 
 # The module whose output is the MLP's, by the config's model_type; anything else: DEFAULT_HOOK.
+# Of a mixture of experts it is the whole block, which adds up what the experts say.
 DEFAULT_HOOK = "model.layers.{layer}.mlp.down_proj"
 HOOKS = {
-    "gpt2": "transformer.h.{layer}.mlp.c_proj",
-    "gpt_neo": "transformer.h.{layer}.mlp.c_proj",
-    "gptj": "transformer.h.{layer}.mlp.fc_out",
-    "gpt_neox": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
-    "opt": "model.decoder.layers.{layer}.fc2",
-    "phi": "model.layers.{layer}.mlp.fc2",
+    "gpt2": "transformer.h.{layer}.mlp.c_proj", "gpt_neo": "transformer.h.{layer}.mlp.c_proj", "gpt_bigcode": "transformer.h.{layer}.mlp.c_proj",
+    "gptj": "transformer.h.{layer}.mlp.fc_out", "codegen": "transformer.h.{layer}.mlp.fc_out",
+    "bloom": "transformer.h.{layer}.mlp.dense_4h_to_h", "falcon": "transformer.h.{layer}.mlp.dense_4h_to_h", "mpt": "transformer.blocks.{layer}.ffn.down_proj",
+    "gpt_neox": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h", "gpt_neox_japanese": "gpt_neox_japanese.layers.{layer}.mlp.dense_4h_to_h",
+    "persimmon": "model.layers.{layer}.mlp.dense_4h_to_h", "starcoder2": "model.layers.{layer}.mlp.c_proj",
+    "opt": "model.decoder.layers.{layer}.fc2", "biogpt": "biogpt.layers.{layer}.fc2", "xglm": "model.layers.{layer}.fc2",
+    "phi": "model.layers.{layer}.mlp.fc2", "nanochat": "model.layers.{layer}.mlp.fc2",
     "gemma3": "model.language_model.layers.{layer}.mlp.down_proj",
-}
+    "mixtral": "model.layers.{layer}.mlp", "qwen2_moe": "model.layers.{layer}.mlp", "qwen3_moe": "model.layers.{layer}.mlp", "olmoe": "model.layers.{layer}.mlp",
+    "flex_olmo": "model.layers.{layer}.mlp", "gpt_oss": "model.layers.{layer}.mlp", "phimoe": "model.layers.{layer}.mlp", "jetmoe": "model.layers.{layer}.mlp",
+    "deepseek_v2": "model.layers.{layer}.mlp", "deepseek_v3": "model.layers.{layer}.mlp", "glm4_moe": "model.layers.{layer}.mlp", "dots1": "model.layers.{layer}.mlp",
+    "ernie4_5_moe": "model.layers.{layer}.mlp", "minimax": "model.layers.{layer}.mlp", "solar_open": "model.layers.{layer}.mlp", "afmoe": "model.layers.{layer}.mlp",
+    "granitemoe": "model.layers.{layer}.block_sparse_moe",
+}  # fmt: skip
 
 
 def use_hf_token() -> None:
@@ -296,6 +303,7 @@ def run_to_hooks(model, hook_names: list[str], input_ids: Tensor, attention_mask
         caught[name] = first_output(output).detach()
         if len(caught) == len(hook_names):
             raise _Reached
+        caught[name] = caught[name].clone()  # what still runs may add to it in place, as Falcon's layers do
 
     handles = [model.get_submodule(name).register_forward_hook(partial(catch, name=name)) for name in hook_names]
     try:
@@ -314,6 +322,43 @@ def run_to_hooks(model, hook_names: list[str], input_ids: Tensor, attention_mask
 def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """`run_to_hooks` for one hook."""
     return run_to_hooks(model, [hook_name], input_ids, attention_mask)[0]
+
+
+@torch.inference_mode()
+def post_norm_name(model, hook_name: str) -> str:
+    """The module of the layer that takes what the hooked one returned and changes it before it is added to the
+    residual stream: the norm after the MLP of Gemma 2 and 3, OLMo 2, GLM-4, …; "" where there is none.
+
+    It is found by what it does, in a pass of two tokens through the layers up to the hook's: the hooked
+    module's output is followed, as the object that it is, through modules that return it as they got it
+    (dropout, the MLP around the hook), to one that stands in the layer itself and makes another of the same shape.
+    """
+    layer = re.match(r"(.*?\.\d+)(\.|$)", hook_name)
+    if layer is None or layer[1] == hook_name:
+        return ""
+    followed, found = [], []
+
+    def after(module, args, kwargs, output, name):
+        out = first_output(output)
+        if name == hook_name:
+            followed[:] = [out]
+        elif followed and name == layer[1]:
+            raise _Reached
+        elif followed and name.rpartition(".")[0] == layer[1] and next(iter((*args, *kwargs.values())), None) is followed[0]:
+            if out is not followed[0] and out.shape == followed[0].shape:
+                found.append(name)
+                raise _Reached
+
+    inside = [(name, module) for name, module in model.named_modules() if name == layer[1] or name.startswith(layer[1] + ".")]
+    handles = [module.register_forward_hook(partial(after, name=name), with_kwargs=True) for name, module in inside]
+    try:
+        model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -517,14 +562,6 @@ def score_rows(sae: SAE, activations: Tensor, index: Tensor, chunk: int = 4096) 
         "max_act": max_act,
         "mean_act": (total / fired.clamp_min(1)).float(),
     }
-
-
-def post_norm_name(model, hook_name: str) -> str:
-    """The norm between the hook and the residual stream (Gemma 3, OLMo 2), or "" where there is none."""
-    if ".mlp" not in hook_name:
-        return ""
-    name = hook_name.rsplit(".mlp", 1)[0] + ".post_feedforward_layernorm"
-    return name if name in dict(model.named_modules()) else ""
 
 
 # ---------------------------------------------------------------------------------------------

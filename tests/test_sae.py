@@ -125,3 +125,13 @@ def test_damaged_and_foreign_files_are_refused_in_one_sentence(sae, tmp_path, fr
         u.SAE.load(path)
     with pytest.raises(u.UserError, match="there is no SAE at"):
         u.SAE.load(tmp_path / "none.pth")
+
+
+def test_devices(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert u.pick_device("cpu") == "cpu" and u.pick_device("cpu:0") == "cpu:0" and chosen == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert u.pick_device("cuda:1") == "cuda:1" and chosen == ["cuda:1"] and u.pick_device() == "cuda"
+    with pytest.raises(u.UserError, match="device tpu:0 is not available here"):
+        u.pick_device("tpu:0")
