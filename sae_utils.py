@@ -160,14 +160,22 @@ def use_hf_token() -> None:
         os.environ["HF_TOKEN"] = token
 
 
+# What reading a model or a text may raise: these, and whatever the libraries define themselves. Anything else
+# (TypeError, KeyError, …) is a mistake in a program, and is shown as one.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, EOFError)
+LOADERS = {"huggingface_hub", "transformers", "datasets", "tokenizers", "safetensors", "safetensors_rust", "pyarrow", "fsspec", "httpx", "requests", "zipfile", "pickle", "_pickle"}
+
+
 @contextmanager
 def hub_errors(kind: str, name: str):
-    """Turns what the Hugging Face libraries raise for `name` into one sentence that says what to do."""
+    """Turns what the Hugging Face libraries raise when `name` cannot be loaded into one sentence that says what to do."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # the libraries raise a dozen kinds; whatever it is, loading `name` failed
+    except Exception as error:
+        if not isinstance(error, LOADING_ERRORS) and type(error).__module__.partition(".")[0] not in LOADERS:
+            raise
         causes = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)
@@ -181,8 +189,8 @@ def hub_errors(kind: str, name: str):
             what = "is not on this disk and the Hugging Face hub cannot be reached: connect (and unset HF_HUB_OFFLINE), or name a local folder"
         else:
             said = str(causes[-1]).strip() or type(causes[-1]).__name__
-            raise UserError(f"{kind} {name} could not be loaded: {said.splitlines()[0][:300]}") from None
-        raise UserError(f"{kind} {name} {what}; `make demo` needs no account and no network.") from None
+            raise UserError(f"{kind} {name} could not be loaded: {said.splitlines()[0][:300]}") from error
+        raise UserError(f"{kind} {name} {what}; `make demo` needs no account and no network.") from error
 
 
 def local_or_hub(name: str, kind: str) -> str:
@@ -456,8 +464,8 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> SAE:
-        """The SAE that `save` wrote. Raises UserError where the file is damaged, holds anything but plain
-        types and tensors (code in it is never run), or is of another format."""
+        """The SAE that `save` wrote. Raises UserError where the file is damaged, holds anything but plain types and
+        tensors (code in it is never run), is of another format, or where a part is missing or of the wrong shape."""
         path = resolve(path)
         file, path = path, show_path(path)
         try:
@@ -474,10 +482,24 @@ class SAE(nn.Module):
         missing = [name for name in parts if name not in saved]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}: it is not whole.")
-        d_in, d_sae = saved["state_dict"]["W_enc"].shape
-        of_config = {name: saved["config"][name] for name in ("architecture", "k", "apply_b_dec_to_input")}
-        sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], **of_config)
-        sae.load_state_dict(saved["state_dict"])
+        state, config = saved["state_dict"], saved["config"]
+        missing = [name for name in ("architecture", "k", "apply_b_dec_to_input") if name not in config]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)} in its config: train it again, or copy the file again.")
+        shape = lambda value: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if "W_enc" not in state or len(shape(state["W_enc"])) != 2:
+            raise UserError(f"{path} has no matrix W_enc: train it again, or copy the file again.")
+        d_in, d_sae = state["W_enc"].shape
+        sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], **{name: config[name] for name in ("architecture", "k", "apply_b_dec_to_input")})
+        wanted = {name: shape(t) for name, t in sae.state_dict().items()}
+        found = {name: shape(value) for name, value in state.items()}
+        for name, size in (("activation_mean", d_in), ("density", d_sae), ("max_act", d_sae)):
+            wanted[name], found[name] = (size,), shape(saved[name])
+        wrong = [f"lacks {name}" for name in wanted if name not in found] + [f"holds {name}, which it should not" for name in found if name not in wanted]
+        wrong += [f"has {name} of shape {found[name]}, not {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+        if wrong:
+            raise UserError(f"{path} is no whole SAE of architecture {sae.architecture} ({d_in}, {d_sae}): it {', '.join(wrong)}; train it again, or copy the file again.")
+        sae.load_state_dict(state)
         sae.mean, sae.density, sae.max_act = saved["activation_mean"], saved["density"], saved["max_act"]
         sae.config = saved["config"]
         return sae.to(device).eval().requires_grad_(False)

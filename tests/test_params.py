@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import filelock
+import huggingface_hub
 import papermill
 import pytest
+import safetensors
 import tokenizers
 import torch
 import transformers
@@ -182,6 +185,27 @@ def test_a_name_that_the_hub_does_not_know():
 
     with pytest.raises(u.UserError, match="model x/y does not exist on the Hugging Face hub, or is private"), u.hub_errors("model", "x/y"):
         raise OSError("401 Client Error") from RepositoryNotFoundError()
+
+
+@pytest.mark.parametrize("bug", [TypeError, AttributeError, NameError, KeyError, IndexError, AssertionError, ZeroDivisionError])
+def test_mistakes_in_a_program_are_not_taken_for_a_model_that_cannot_be_had(bug):
+    mistake = bug("ours")
+    with pytest.raises(bug) as raised, u.hub_errors("model", "x/y"):
+        raise mistake
+    assert raised.value is mistake
+
+
+def test_what_the_libraries_raise_is_one_sentence_that_keeps_its_cause(tmp_path):
+    library = [huggingface_hub.errors.EntryNotFoundError, datasets.exceptions.DatasetsError, safetensors.SafetensorError, OSError, ConnectionError, ValueError, RuntimeError]
+    for kind in library:
+        cause = kind.__new__(kind)
+        with pytest.raises(u.UserError, match="model x/y could not be loaded: ") as raised, u.hub_errors("model", "x/y"):
+            raise cause
+        assert raised.value.__cause__ is cause
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(u.UserError, match="model m could not be loaded: ") as raised, u.hub_errors("model", "m"):
+        safetensors.safe_open(tmp_path / "model.safetensors", "pt")
+    assert isinstance(raised.value.__cause__, safetensors.SafetensorError)
 
 
 @pytest.mark.parametrize("name", ["activations", "tiny-model", "."])
