@@ -148,7 +148,7 @@ def test_a_gated_model_says_what_to_do():
         ("", "is empty"),
         ('{"text": ""}\n{"text": " "}\n', "is empty"),
         ('{"body": "x"}\n', "no column text; it has: body"),
-        ("not json\n", "could not be loaded: "),
+        ("not json\n", "text.jsonl, line 1 is not JSON"),
         ('{"text": 5}\n', "column text does not hold text"),
     ],
 )
