@@ -204,6 +204,7 @@ def surroundings(sae: sae_utils.SAE, rows, latents: Tensor, centres: Tensor, chu
     flat, starts = torch.from_numpy(rows.windows.flat), torch.from_numpy(rows.windows.starts)
     tokens, acts = torch.full((len(centres), 2 * AROUND + 1), -1, dtype=torch.int32), torch.zeros(len(centres), 2 * AROUND + 1, dtype=torch.float16)
     window, position = rows.window[centres], rows.position[centres]
+    device, b_enc, threshold = sae.W_enc.device, sae.b_enc.cpu(), sae.threshold.cpu() if sae.jumps else torch.zeros(sae.d_sae)
     for offset in range(-AROUND, AROUND + 1):
         place = starts[window] + position + offset
         inside = (place >= starts[window]) & (place < starts[window + 1])
@@ -214,13 +215,12 @@ def surroundings(sae: sae_utils.SAE, rows, latents: Tensor, centres: Tensor, chu
         away = rows.position[near] - position
         same &= (rows.window[near] == window) & (away.abs() <= AROUND)
         for part in same.nonzero().flatten().split(chunk):
-            device, which = sae.W_enc.device, latents[part]
+            which = latents[part]
             x_unit, _ = sae.normalise(rows.activations[near[part]].to(device))
             if sae.apply_b_dec_to_input:
                 x_unit = x_unit - sae.b_dec
-            pre_acts = (x_unit * sae.W_enc.T[which.to(device)]).sum(1).cpu() + sae.b_enc.cpu()[which]
-            level = sae.threshold.cpu()[which] if sae.jumps else 0.0
-            acts[part, away[part] + AROUND] = torch.where(pre_acts > level, pre_acts, 0.0).half()
+            pre_acts = (x_unit * sae.W_enc.T[which.to(device)]).sum(1).cpu() + b_enc[which]
+            acts[part, away[part] + AROUND] = torch.where(pre_acts > threshold[which], pre_acts, 0.0).half()
     return tokens, acts
 
 
