@@ -163,7 +163,12 @@ def use_hf_token() -> None:
 # What reading a model or a text may raise: these, and whatever the libraries define themselves. Anything else
 # (TypeError, KeyError, …) is a mistake in a program, and is shown as one.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, EOFError)
-LOADERS = {"huggingface_hub", "transformers", "datasets", "tokenizers", "safetensors", "safetensors_rust", "pyarrow", "fsspec", "httpx", "requests", "zipfile", "pickle", "_pickle"}
+LOADERS = set("huggingface_hub transformers datasets tokenizers safetensors safetensors_rust pyarrow fsspec httpx requests aiohttp yaml zipfile pickle _pickle struct".split())
+
+
+def of_loading(error: BaseException) -> bool:
+    """Whether a library says with this that something cannot be loaded."""
+    return isinstance(error, LOADING_ERRORS) or type(error) is Exception or type(error).__module__.partition(".")[0] in LOADERS  # tokenizers raises plain Exception
 
 
 @contextmanager
@@ -174,7 +179,7 @@ def hub_errors(kind: str, name: str):
     except UserError:
         raise
     except Exception as error:
-        if not isinstance(error, LOADING_ERRORS) and type(error).__module__.partition(".")[0] not in LOADERS:
+        if not of_loading(error):
             raise
         causes = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
@@ -188,7 +193,7 @@ def hub_errors(kind: str, name: str):
         elif not local and re.search(r"[Oo]ffline ?[Mm]ode|couldn't (connect|reach|find)|resolve host|LocalEntryNotFound|Max retries", text, re.IGNORECASE):
             what = "is not on this disk and the Hugging Face hub cannot be reached: connect (and unset HF_HUB_OFFLINE), or name a local folder"
         else:
-            said = str(causes[-1]).strip() or type(causes[-1]).__name__
+            said = next((str(cause).strip() for cause in reversed(causes) if of_loading(cause) and str(cause).strip()), type(error).__name__)
             raise UserError(f"{kind} {name} could not be loaded: {said.splitlines()[0][:300]}") from error
         raise UserError(f"{kind} {name} {what}; `make demo` needs no account and no network.") from error
 
@@ -223,7 +228,7 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", s
     if not 0 <= layer < n_layers:
         raise UserError(f"layer {layer} is outside {model_name}: valid layers are 0 to {n_layers - 1}.")
     name = (hook or HOOKS.get(config.model_type, DEFAULT_HOOK)).replace("{layer}", str(layer))
-    with torch.device("meta"):
+    with torch.device("meta"), hub_errors("model", model_name):
         skeleton = transformers.AutoModelForCausalLM.from_config(config)
     modules = [n for n, _ in skeleton.named_modules() if n]
     if name not in modules:

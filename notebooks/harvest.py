@@ -73,12 +73,13 @@ def open_text(params: dict) -> Text:
 
     def checked(places):
         """The values of (where, value, how to leave it out), each of which has to be text."""
-        for where, value, instead in places:
-            if value is not None and not isinstance(value, (str, list) if params["chat"] else str):
-                raise UserError(f"{where}: column {column} does not hold {kinds}, but {str(value)[:60]!r}{instead}.")
-            if not encodable(value):
-                raise UserError(f"{where}: column {column} holds half a character (a surrogate without its other half), which no tokenizer reads{instead}.")
-            yield value
+        with hub_errors("dataset", name):  # what is streamed may break off at any row
+            for where, value, instead in places:
+                if value is not None and not isinstance(value, (str, list) if params["chat"] else str):
+                    raise UserError(f"{where}: column {column} does not hold {kinds}, but {str(value)[:60]!r}{instead}.")
+                if not encodable(value):
+                    raise UserError(f"{where}: column {column} holds half a character (a surrogate without its other half), which no tokenizer reads{instead}.")
+                yield value
 
     with hub_errors("dataset", name):
         if Path(source).exists():

@@ -679,6 +679,8 @@ def test_streaming_reads_no_more_than_it_needs(hub, tokenizer, tmp_path, monkeyp
     (tmp_path / "part-1.parquet").write_bytes(b"never looked at")
     whole = cut(tokenizer, texts, 16, 1000)
     assert cut(tokenizer, text, 16, 1000) == whole and calls == [("me/tales", True)]
+    with pytest.raises(u.UserError, match="dataset me/tales could not be loaded: "):
+        cut(tokenizer, text, 16, 10**6)
 
 
 def test_a_slice_of_a_dataset_is_not_streamed(hub):

@@ -1,6 +1,7 @@
 """Tiny models of many families: the hook is found, rows are right, edits land, the norm after the hook is known by what it does."""
 
 import pytest
+import test_activations
 import torch
 import transformers
 from conftest import loaded_params, word_tokenizer
@@ -101,6 +102,12 @@ def test_the_norm_after_the_hook(family):
         if hook.endswith(".mlp.down_proj"):
             assert u.post_norm_name(model, hook.removesuffix(".down_proj")) == expected  # the MLP as a whole
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_norm_inside_a_model_that_sees():
+    config = test_activations.FAMILIES["gemma3"]
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert u.post_norm_name(model, hook_of(model)) == "model.language_model.layers.1.post_feedforward_layernorm"
 
 
 def test_the_norm_after_other_hooks():

@@ -208,6 +208,31 @@ def test_what_the_libraries_raise_is_one_sentence_that_keeps_its_cause(tmp_path)
     assert isinstance(raised.value.__cause__, safetensors.SafetensorError)
 
 
+MODEL_FAULTS = {  # what is wrong with a model's folder, and what is said of it
+    "unknown type": (lambda d: change_config(d, model_type="foo"), "model type `foo`"),
+    "of another kind": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "ViTConfig"),
+    "text for a number": (lambda d: change_config(d, hidden_size="big"), "hidden_size"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "weights cut off": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]), "deserializing header"),
+    "weights of another kind": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), ""),
+    "tokenizer in part": (lambda d: (d / "tokenizer.json").write_text('{"added_tokens": []}'), ""),
+}
+
+
+def change_config(folder, **changes):
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+def test_a_model_that_is_not_whole_is_told_in_one_sentence(fault, folder):
+    spoil, message = MODEL_FAULTS[fault]
+    spoil(folder / "model")
+    with pytest.raises(u.UserError, match=f"model .* could not be loaded: .*{message}") as raised:
+        u.find_hook(str(folder / "model"), 1)
+        u.load_model(str(folder / "model"))
+    assert raised.value.__cause__ is not None and len(str(raised.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["activations", "tiny-model", "."])
 def test_names_kept_for_other_things(name):
     with pytest.raises(u.UserError, match="is kept for other things"):
