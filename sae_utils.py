@@ -163,12 +163,12 @@ def use_hf_token() -> None:
 # What reading a model or a text may raise: these, and whatever the libraries define themselves. Anything else
 # (TypeError, KeyError, …) is a mistake in a program, and is shown as one.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, EOFError)
-LOADERS = set("huggingface_hub transformers datasets tokenizers safetensors safetensors_rust pyarrow fsspec httpx requests aiohttp yaml zipfile pickle _pickle struct".split())
+LOADERS = "huggingface_hub transformers datasets tokenizers safetensors safetensors_rust pyarrow fsspec httpx requests aiohttp yaml zipfile pickle _pickle struct".split()
 
 
 def of_loading(error: BaseException) -> bool:
-    """Whether a library says with this that something cannot be loaded."""
-    return isinstance(error, LOADING_ERRORS) or type(error) is Exception or type(error).__module__.partition(".")[0] in LOADERS  # tokenizers raises plain Exception
+    """Whether a library says with this that something cannot be loaded; tokenizers raises plain Exception."""
+    return isinstance(error, LOADING_ERRORS) or type(error) is Exception or type(error).__module__.partition(".")[0] in LOADERS
 
 
 @contextmanager
@@ -503,7 +503,8 @@ class SAE(nn.Module):
         wrong = [f"lacks {name}" for name in wanted if name not in found] + [f"holds {name}, which it should not" for name in found if name not in wanted]
         wrong += [f"has {name} of shape {found[name]}, not {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
         if wrong:
-            raise UserError(f"{path} is no whole SAE of architecture {sae.architecture} ({d_in}, {d_sae}): it {', '.join(wrong)}; train it again, or copy the file again.")
+            what = f"no whole SAE of architecture {sae.architecture} ({d_in}, {d_sae})"
+            raise UserError(f"{path} is {what}: it {', '.join(wrong)}; train it again, or copy the file again.")
         sae.load_state_dict(state)
         sae.mean, sae.density, sae.max_act = saved["activation_mean"], saved["density"], saved["max_act"]
         sae.config = saved["config"]

@@ -184,7 +184,7 @@ def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024, mos
         best = cosines.max(1)
         nearest.append(best.indices.cpu())
         cosine.append(best.values.cpu())
-        alike = (cosines > above).triu_(first + 1)  # each pair once
+        alike = (cosines > above) & (torch.arange(len(rows), device=rows.device) > first + here[:, None])  # each pair once
         found = min(int(alike.sum()), most)
         if found:
             best = cosines.masked_fill_(~alike, -2).flatten().topk(found)
@@ -250,15 +250,16 @@ def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[
     at_post: list[Tensor] = []  # what the norm after the hook takes
     path: list[tuple[torch.nn.Module, Tensor, Tensor]] = []  # the last norm and what follows it up to the head: module, what it takes and returns
 
-    def call(module, args, output):
+    def call(module, args, kwargs, output):
+        taken = next(iter((*args, *kwargs.values())), None)
         if after and module is model.get_submodule(after):
-            at_post.append(args[0])
+            at_post.append(taken)
         if "Norm" in type(module).__name__:
-            path[:] = [(module, args[0], output)]
-        elif path and module is not head and args and args[0] is path[-1][2] and output is not args[0]:
-            path.append((module, args[0], output))
+            path[:] = [(module, taken, output)]
+        elif path and module is not head and taken is path[-1][2] and output is not taken:
+            path.append((module, taken, output))
 
-    handles = [module.register_forward_hook(call) for module in model.modules()]
+    handles = [module.register_forward_hook(call, with_kwargs=True) for module in model.modules()]
     batch = sae_utils.pad(windows[:8], device=str(model.device))
     try:
         model(input_ids=batch[0], attention_mask=batch[1], use_cache=False)
