@@ -143,7 +143,8 @@ HOOKS = {
     "flex_olmo": "model.layers.{layer}.mlp", "gpt_oss": "model.layers.{layer}.mlp", "phimoe": "model.layers.{layer}.mlp", "jetmoe": "model.layers.{layer}.mlp",
     "deepseek_v2": "model.layers.{layer}.mlp", "deepseek_v3": "model.layers.{layer}.mlp", "glm4_moe": "model.layers.{layer}.mlp", "dots1": "model.layers.{layer}.mlp",
     "ernie4_5_moe": "model.layers.{layer}.mlp", "minimax": "model.layers.{layer}.mlp", "solar_open": "model.layers.{layer}.mlp", "afmoe": "model.layers.{layer}.mlp",
-    "granitemoe": "model.layers.{layer}.block_sparse_moe",
+    "hunyuan_v1_moe": "model.layers.{layer}.mlp", "minimax_m2": "model.layers.{layer}.mlp", "exaone_moe": "model.layers.{layer}.mlp", "glm4_moe_lite": "model.layers.{layer}.mlp",
+    "granitemoe": "model.layers.{layer}.block_sparse_moe", "llama4_text": "model.layers.{layer}.feed_forward",
 }  # fmt: skip
 
 

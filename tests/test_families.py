@@ -26,11 +26,12 @@ DENSE = {
     "xglm": {"d_model": 16, "ffn_dim": 32, "num_layers": 3, "attention_heads": 2, "max_position_embeddings": 64}, "gpt_neox_japanese": SHAPE | {"intermediate_multiple_size": 2},
 } | dict.fromkeys((
     "gpt_neox", "starcoder2", "biogpt", "phi", "phi3", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "glm", "glm4", "cohere", "stablelm", "persimmon", "nemotron",
-    "granite", "smollm3", "exaone4", "ernie4_5", "nanochat",
+    "granite", "smollm3", "exaone4", "ernie4_5", "nanochat", "mistral", "olmo", "cohere2", "helium", "seed_oss", "arcee", "vaultgemma", "hunyuan_v1_dense", "bitnet", "apertus",
 ), SHAPE)  # fmt: skip
 MIXTURES = dict.fromkeys((
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "gpt_oss", "phimoe", "jetmoe", "glm4_moe", "dots1", "ernie4_5_moe", "minimax", "solar_open", "granitemoe", "afmoe",
-), SHAPE | EXPERTS) | dict.fromkeys(("deepseek_v2", "deepseek_v3"), SHAPE | EXPERTS | LATENT | {"head_dim": 8, "num_key_value_heads": 2})  # fmt: skip
+    "hunyuan_v1_moe", "minimax_m2", "exaone_moe", "llama4_text",
+), SHAPE | EXPERTS | {"interleave_moe_layer_step": 1}) | dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), SHAPE | EXPERTS | LATENT | {"head_dim": 8, "num_key_value_heads": 2})  # fmt: skip
 FAMILIES = DENSE | MIXTURES
 
 
