@@ -88,7 +88,7 @@ def pick_device(name: str = "") -> str:
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name and not found.get(name.split(":")[0], False):
         raise UserError(f"device {name} is not available here; leave it empty to use {next(d for d in found if found[d])}.")
-    if ":" in name:
+    if name.startswith("cuda:"):
         torch.cuda.set_device(name)  # a recorded graph belongs to the current device
     return name or next(d for d in found if found[d])
 
@@ -128,16 +128,24 @@ def in_bytes(n: int) -> str:
 # ---------------------------------------------------------------------------------------------
 
 # The module whose output is the MLP's, by the config's model_type; anything else: DEFAULT_HOOK.
+# Of a mixture of experts it is the whole block, which adds up what the experts say.
 DEFAULT_HOOK = "model.layers.{layer}.mlp.down_proj"
 HOOKS = {
-    "gpt2": "transformer.h.{layer}.mlp.c_proj",
-    "gpt_neo": "transformer.h.{layer}.mlp.c_proj",
-    "gptj": "transformer.h.{layer}.mlp.fc_out",
-    "gpt_neox": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
-    "opt": "model.decoder.layers.{layer}.fc2",
-    "phi": "model.layers.{layer}.mlp.fc2",
+    "gpt2": "transformer.h.{layer}.mlp.c_proj", "gpt_neo": "transformer.h.{layer}.mlp.c_proj", "gpt_bigcode": "transformer.h.{layer}.mlp.c_proj",
+    "gptj": "transformer.h.{layer}.mlp.fc_out", "codegen": "transformer.h.{layer}.mlp.fc_out",
+    "bloom": "transformer.h.{layer}.mlp.dense_4h_to_h", "falcon": "transformer.h.{layer}.mlp.dense_4h_to_h", "mpt": "transformer.blocks.{layer}.ffn.down_proj",
+    "gpt_neox": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h", "gpt_neox_japanese": "gpt_neox_japanese.layers.{layer}.mlp.dense_4h_to_h",
+    "persimmon": "model.layers.{layer}.mlp.dense_4h_to_h", "starcoder2": "model.layers.{layer}.mlp.c_proj",
+    "opt": "model.decoder.layers.{layer}.fc2", "biogpt": "biogpt.layers.{layer}.fc2", "xglm": "model.layers.{layer}.fc2",
+    "phi": "model.layers.{layer}.mlp.fc2", "nanochat": "model.layers.{layer}.mlp.fc2",
     "gemma3": "model.language_model.layers.{layer}.mlp.down_proj",
-}
+    "mixtral": "model.layers.{layer}.mlp", "qwen2_moe": "model.layers.{layer}.mlp", "qwen3_moe": "model.layers.{layer}.mlp", "olmoe": "model.layers.{layer}.mlp",
+    "flex_olmo": "model.layers.{layer}.mlp", "gpt_oss": "model.layers.{layer}.mlp", "phimoe": "model.layers.{layer}.mlp", "jetmoe": "model.layers.{layer}.mlp",
+    "deepseek_v2": "model.layers.{layer}.mlp", "deepseek_v3": "model.layers.{layer}.mlp", "glm4_moe": "model.layers.{layer}.mlp", "dots1": "model.layers.{layer}.mlp",
+    "ernie4_5_moe": "model.layers.{layer}.mlp", "minimax": "model.layers.{layer}.mlp", "solar_open": "model.layers.{layer}.mlp", "afmoe": "model.layers.{layer}.mlp",
+    "hunyuan_v1_moe": "model.layers.{layer}.mlp", "minimax_m2": "model.layers.{layer}.mlp", "exaone_moe": "model.layers.{layer}.mlp", "glm4_moe_lite": "model.layers.{layer}.mlp",
+    "granitemoe": "model.layers.{layer}.block_sparse_moe", "llama4_text": "model.layers.{layer}.feed_forward",
+}  # fmt: skip
 
 
 def use_hf_token() -> None:
@@ -153,14 +161,27 @@ def use_hf_token() -> None:
         os.environ["HF_TOKEN"] = token
 
 
+# What reading a model or a text may raise: these, and whatever the libraries define themselves. Anything else
+# (TypeError, KeyError, …) is a mistake in a program, and is shown as one.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, EOFError)
+LOADERS = "huggingface_hub transformers datasets tokenizers safetensors safetensors_rust pyarrow fsspec httpx requests aiohttp yaml zipfile pickle _pickle struct".split()
+
+
+def of_loading(error: BaseException) -> bool:
+    """Whether a library says with this that something cannot be loaded; tokenizers raises plain Exception."""
+    return isinstance(error, LOADING_ERRORS) or type(error) is Exception or type(error).__module__.partition(".")[0] in LOADERS
+
+
 @contextmanager
 def hub_errors(kind: str, name: str):
-    """Turns what the Hugging Face libraries raise for `name` into one sentence that says what to do."""
+    """Turns what the Hugging Face libraries raise when `name` cannot be loaded into one sentence that says what to do."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # the libraries raise a dozen kinds; whatever it is, loading `name` failed
+    except Exception as error:
+        if not of_loading(error):
+            raise
         causes = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)
@@ -173,9 +194,9 @@ def hub_errors(kind: str, name: str):
         elif not local and re.search(r"[Oo]ffline ?[Mm]ode|couldn't (connect|reach|find)|resolve host|LocalEntryNotFound|Max retries", text, re.IGNORECASE):
             what = "is not on this disk and the Hugging Face hub cannot be reached: connect (and unset HF_HUB_OFFLINE), or name a local folder"
         else:
-            said = str(causes[-1]).strip() or type(causes[-1]).__name__
-            raise UserError(f"{kind} {name} could not be loaded: {said.splitlines()[0][:300]}") from None
-        raise UserError(f"{kind} {name} {what}; `make demo` needs no account and no network.") from None
+            said = next((str(cause).strip() for cause in reversed(causes) if of_loading(cause) and str(cause).strip()), type(error).__name__)
+            raise UserError(f"{kind} {name} could not be loaded: {said.splitlines()[0][:300]}") from error
+        raise UserError(f"{kind} {name} {what}; `make demo` needs no account and no network.") from error
 
 
 def local_or_hub(name: str, kind: str) -> str:
@@ -208,7 +229,7 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", s
     if not 0 <= layer < n_layers:
         raise UserError(f"layer {layer} is outside {model_name}: valid layers are 0 to {n_layers - 1}.")
     name = (hook or HOOKS.get(config.model_type, DEFAULT_HOOK)).replace("{layer}", str(layer))
-    with torch.device("meta"):
+    with torch.device("meta"), hub_errors("model", model_name):
         skeleton = transformers.AutoModelForCausalLM.from_config(config)
     modules = [n for n, _ in skeleton.named_modules() if n]
     if name not in modules:
@@ -296,6 +317,7 @@ def run_to_hooks(model, hook_names: list[str], input_ids: Tensor, attention_mask
         caught[name] = first_output(output).detach()
         if len(caught) == len(hook_names):
             raise _Reached
+        caught[name] = caught[name].clone()  # what still runs may add to it in place, as Falcon's layers do
 
     handles = [model.get_submodule(name).register_forward_hook(partial(catch, name=name)) for name in hook_names]
     try:
@@ -314,6 +336,43 @@ def run_to_hooks(model, hook_names: list[str], input_ids: Tensor, attention_mask
 def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """`run_to_hooks` for one hook."""
     return run_to_hooks(model, [hook_name], input_ids, attention_mask)[0]
+
+
+@torch.inference_mode()
+def post_norm_name(model, hook_name: str) -> str:
+    """The module of the layer that takes what the hooked one returned and changes it before it is added to the
+    residual stream: the norm after the MLP of Gemma 2 and 3, OLMo 2, GLM-4, …; "" where there is none.
+
+    It is found by what it does, in a pass of two tokens through the layers up to the hook's: the hooked
+    module's output is followed, as the object that it is, through modules that return it as they got it
+    (dropout, the MLP around the hook), to one that stands in the layer itself and makes another of the same shape.
+    """
+    layer = re.match(r"(.*?\.\d+)(\.|$)", hook_name)
+    if layer is None or layer[1] == hook_name:
+        return ""
+    followed, found = [], []
+
+    def after(module, args, kwargs, output, name):
+        out = first_output(output)
+        if name == hook_name:
+            followed[:] = [out]
+        elif followed and name == layer[1]:
+            raise _Reached
+        elif followed and name.rpartition(".")[0] == layer[1] and next(iter((*args, *kwargs.values())), None) is followed[0]:
+            if out is not followed[0] and out.shape == followed[0].shape:
+                found.append(name)
+                raise _Reached
+
+    inside = [(name, module) for name, module in model.named_modules() if name == layer[1] or name.startswith(layer[1] + ".")]
+    handles = [module.register_forward_hook(partial(after, name=name), with_kwargs=True) for name, module in inside]
+    try:
+        model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -614,8 +673,8 @@ class SAE(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> SAE:
-        """The SAE that `save` wrote. Raises UserError where the file is damaged, holds anything but plain
-        types and tensors (code in it is never run), or is of another format."""
+        """The SAE that `save` wrote. Raises UserError where the file is damaged, holds anything but plain types and
+        tensors (code in it is never run), is of another format, or where a part is missing or of the wrong shape."""
         path = resolve(path)
         file, path = path, show_path(path)
         try:
@@ -632,10 +691,25 @@ class SAE(nn.Module):
         missing = [name for name in parts if name not in saved]
         if missing:
             raise UserError(f"{path} lacks {', '.join(missing)}: it is not whole.")
-        d_in, d_sae = saved["state_dict"]["W_enc"].shape
-        of_config = {name: saved["config"][name] for name in ("architecture", "k", "apply_b_dec_to_input")}
-        sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], **of_config)
-        sae.load_state_dict(saved["state_dict"])
+        state, config = saved["state_dict"], saved["config"]
+        missing = [name for name in ("architecture", "k", "apply_b_dec_to_input") if name not in config]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)} in its config: train it again, or copy the file again.")
+        shape = lambda value: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if "W_enc" not in state or len(shape(state["W_enc"])) != 2:
+            raise UserError(f"{path} has no matrix W_enc: train it again, or copy the file again.")
+        d_in, d_sae = state["W_enc"].shape
+        sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], **{name: config[name] for name in ("architecture", "k", "apply_b_dec_to_input")})
+        wanted = {name: shape(t) for name, t in sae.state_dict().items()}
+        found = {name: shape(value) for name, value in state.items()}
+        for name, size in (("activation_mean", d_in), ("density", d_sae), ("max_act", d_sae)):
+            wanted[name], found[name] = (size,), shape(saved[name])
+        wrong = [f"lacks {name}" for name in wanted if name not in found] + [f"holds {name}, which it should not" for name in found if name not in wanted]
+        wrong += [f"has {name} of shape {found[name]}, not {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+        if wrong:
+            what = f"no whole SAE of architecture {sae.architecture} ({d_in}, {d_sae})"
+            raise UserError(f"{path} is {what}: it {', '.join(wrong)}; train it again, or copy the file again.")
+        sae.load_state_dict(state)
         sae.mean, sae.density, sae.max_act = saved["activation_mean"], saved["density"], saved["max_act"]
         sae.config = saved["config"]
         return sae.to(device).eval().requires_grad_(False)
@@ -720,14 +794,6 @@ def score_rows(sae: SAE, activations: Tensor, index: Tensor, chunk: int = 4096) 
         "max_act": max_act,
         "mean_act": (total / fired.clamp_min(1)).float(),
     }
-
-
-def post_norm_name(model, hook_name: str) -> str:
-    """The norm between the hook and the residual stream (Gemma 3, OLMo 2), or "" where there is none."""
-    if ".mlp" not in hook_name:
-        return ""
-    name = hook_name.rsplit(".mlp", 1)[0] + ".post_feedforward_layernorm"
-    return name if name in dict(model.named_modules()) else ""
 
 
 # ---------------------------------------------------------------------------------------------

@@ -176,9 +176,13 @@ def mostly_on(found: dict[str, Tensor], more_than: float = 0.9) -> dict[str, Ten
 
 
 @torch.no_grad()
-def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024) -> tuple[Tensor, Tensor, list[tuple[int, int, float]]]:
-    """(nearest (d_sae), cosine (d_sae), pairs): for each decoder row the other one most like it, and all
-    pairs (i, j, cosine), i < j, whose cosine is larger than `above`, the most alike first."""
+def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024, most: int = 1000) -> tuple[Tensor, Tensor, list[tuple[int, int, float]]]:
+    """(nearest (d_sae), cosine (d_sae), pairs): for each decoder row the other one most like it, and pairs
+    (i, j, cosine), i < j, whose cosine is larger than `above`, the most alike first.
+
+    Of each `chunk` of rows i the `most` pairs most alike are listed: where latents have collapsed nearly
+    all pairs are alike, and a list of them all takes minutes and gigabytes.
+    """
     rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
     nearest, cosine, pairs = [], [], []
     for first in range(0, len(rows), chunk):
@@ -188,9 +192,12 @@ def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024) -> 
         best = cosines.max(1)
         nearest.append(best.indices.cpu())
         cosine.append(best.values.cpu())
-        for i, j in (cosines > above).nonzero().tolist():
-            if first + i < j:
-                pairs.append((first + i, j, cosines[i, j].item()))
+        alike = (cosines > above) & (torch.arange(len(rows), device=rows.device) > first + here[:, None])  # each pair once
+        found = min(int(alike.sum()), most)
+        if found:
+            best = cosines.masked_fill_(~alike, -2).flatten().topk(found)
+            i, j = best.indices // len(rows) + first, best.indices % len(rows)
+            pairs += zip(i.tolist(), j.tolist(), best.values.tolist(), strict=True)
     return torch.cat(nearest), torch.cat(cosine), sorted(pairs, key=lambda pair: -pair[2])
 
 
@@ -214,6 +221,7 @@ def surroundings(sae: sae_utils.SAE, rows, latents: Tensor, centres: Tensor, chu
     flat, starts = torch.from_numpy(rows.windows.flat), torch.from_numpy(rows.windows.starts)
     tokens, acts = torch.full((len(centres), 2 * AROUND + 1), -1, dtype=torch.int32), torch.zeros(len(centres), 2 * AROUND + 1, dtype=torch.float16)
     window, position = rows.window[centres], rows.position[centres]
+    device = sae.W_enc.device
     for offset in range(-AROUND, AROUND + 1):
         place = starts[window] + position + offset
         inside = (place >= starts[window]) & (place < starts[window + 1])
@@ -224,7 +232,7 @@ def surroundings(sae: sae_utils.SAE, rows, latents: Tensor, centres: Tensor, chu
         away = rows.position[near] - position
         same &= (rows.window[near] == window) & (away.abs() <= AROUND)
         for part in same.nonzero().flatten().split(chunk):
-            device, which = sae.W_enc.device, latents[part]
+            which = latents[part]
             columns, own = which.unique(return_inverse=True)
             found = sae.encode(rows.activations[near[part]].to(device), columns.to(device)).cpu()
             acts[part, away[part] + AROUND] = found.gather(1, own[:, None])[:, 0].half()
@@ -246,36 +254,44 @@ def mean_jacobian(norm: torch.nn.Module, x: Tensor) -> Tensor:
 def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[int]], special: list[int], k: int = 10, most: int = 64) -> dict[str, Tensor]:
     """The tokens that each latent promotes and suppresses by the direct path, to first order.
 
-    Its decoder row passes the norm that follows the hook, where there is one, the final norm, each as
-    its mean Jacobian over `most` text tokens of the windows, and the LM head; a softcap and what
-    later layers make of it are left out. Per unit of the model's activation along the row.
+    Its decoder row passes the norm that follows the hook, where there is one, the final norm and what stands
+    between that and the head (OPT's project_out), each as its mean Jacobian over `most` text tokens of the
+    windows, and the LM head; a softcap and what later layers make of it are left out. Per unit of the
+    model's activation along the row.
 
     Returns promoted, suppressed (d_sae, k) token ids and promoted_by, suppressed_by: change of the logit.
     """
-    after = sae_utils.post_norm_name(model, hook_name)
-    called: list[tuple[torch.nn.Module, Tensor]] = []
-    norms = [m for m in model.modules() if "Norm" in type(m).__name__]
-    at_post: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda m, args, out: called.append((m, args[0]))) for m in norms]
-    if after:
-        handles.append(model.get_submodule(after).register_forward_hook(lambda m, args, out: at_post.append(args[0])))
-    at_final, batch = [], sae_utils.pad(windows[:8], device=str(model.device))
+    after, head = sae_utils.post_norm_name(model, hook_name), model.get_output_embeddings()
+    at_post: list[Tensor] = []  # what the norm after the hook takes
+    path: list[tuple[torch.nn.Module, Tensor, Tensor]] = []  # the last norm and what follows it up to the head: module, what it takes and returns
+
+    def call(module, args, kwargs, output):
+        taken = next(iter((*args, *kwargs.values())), None)
+        if after and module is model.get_submodule(after):
+            at_post.append(taken)
+        if "Norm" in type(module).__name__:
+            path[:] = [(module, taken, output)]
+        elif path and module is not head and taken is path[-1][2] and output is not taken:
+            path.append((module, taken, output))
+
+    handles = [module.register_forward_hook(call, with_kwargs=True) for module in model.modules()]
+    batch = sae_utils.pad(windows[:8], device=str(model.device))
     try:
         model(input_ids=batch[0], attention_mask=batch[1], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    final, at_final = called[-1]
     text = batch[1].bool() & ~torch.isin(batch[0], torch.tensor(special, device=model.device))
     pick = lambda x: x.reshape(*text.shape, -1)[text][:: max(1, int(text.sum()) // most)][:most].float()
     moved = sae.W_dec.float()
     if after:
         moved = moved @ mean_jacobian(copy.deepcopy(model.get_submodule(after)).float(), pick(at_post[0])).T
-    moved = moved @ mean_jacobian(copy.deepcopy(final).float(), pick(at_final)).T
-    head = model.get_output_embeddings().weight
+    for module, taken, _ in path:
+        moved = moved @ mean_jacobian(copy.deepcopy(module).float(), pick(taken)).T
+    weight = head.weight.float().T  # once: with 262,144 tokens it is a gigabyte
     results = {name: [] for name in ("promoted", "promoted_by", "suppressed", "suppressed_by")}
     for part in moved.split(256):
-        logits = part @ head.float().T
+        logits = part @ weight
         for name, sign in (("promoted", 1), ("suppressed", -1)):
             best = (sign * logits).topk(min(k, logits.shape[1]), dim=1)
             results[name].append(best.indices.int().cpu())

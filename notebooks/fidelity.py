@@ -158,12 +158,14 @@ def text_sums(model, tokenizer, arms: dict, windows: list[list[int]], keep: Path
 
 def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) -> Tensor:
     """Mean output (d,) of a module over the text tokens of the windows, in float64 inside."""
-    total, count, special, bos = 0.0, 0, set(sae_utils.special_ids(tokenizer)), tokenizer.bos_token_id
+    total, count, special = 0.0, 0, torch.tensor(sae_utils.special_ids(tokenizer), device=model.device)
     for batch in editing.batches(windows, model):
-        out = sae_utils.run_to_hook(model, module_name, *sae_utils.pad(batch, device=model.device))
-        for row, window in enumerate(batch):
-            kept = out[row, [i for i, token in enumerate(window) if token not in special and (i > 0 or bos is not None)]]
-            total, count = total + kept.cpu().double().sum(0), count + len(kept)
+        ids, mask = sae_utils.pad(batch, device=model.device)
+        text = mask.bool() & ~torch.isin(ids, special)
+        if tokenizer.bos_token_id is None:
+            text[:, 0] = False
+        kept = sae_utils.run_to_hook(model, module_name, ids, mask)[text]
+        total, count = total + kept.cpu().double().sum(0), count + len(kept)
     return (total / count).float()
 
 

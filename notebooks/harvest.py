@@ -9,6 +9,7 @@ every shard. `<key>.partial` is one that is not whole yet.
 """
 
 import errno
+import fnmatch
 import hashlib
 import importlib.metadata
 import itertools
@@ -20,6 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,73 +33,184 @@ from sae_utils import (
     with_bos, write_json,
 )  # fmt: skip
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 
 # ---------------------------------------------------------------------------------------------
 # Text: documents
 # ---------------------------------------------------------------------------------------------
 
-TEXT_KINDS = {  # suffix of a local file -> the builder of `datasets` that reads it, and its options
-    ".jsonl": ("json", {}),
-    ".txt": ("text", {"sample_by": "document"}),
-    ".parquet": ("parquet", {}),
-}
 ARTICLE = re.compile(r"^ = [^=].*[^=] = \s*$")  # WikiText's mark of a new article
+STREAMED_FROM, BYTES_PER_ROW = 10**9, 100  # a hub dataset larger than both (the second for each row wanted) is not fetched whole
 
 
 @dataclass
 class Text:
-    """Documents to iterate over, and a digest of what they hold. A document is a string, or, for
-    chats, a list of messages."""
+    """Documents to iterate over, as often as need be, and a digest of what they are. A document is a string,
+    or, for chats, a list of messages."""
 
-    column: str
-    rows: object  # a datasets.Dataset
+    values: object  # () -> iterator over the column's values
     fingerprint: str
+    articles: bool  # the values are WikiText's lines
+    notice: str = ""  # what a reader should know
 
     def __iter__(self):
-        values = (row[self.column] for row in self.rows.select_columns([self.column]))
-        values = (value for value in values if value and (not isinstance(value, str) or value.strip()))
-        begin = self.rows[:1000][self.column]
-        lines = any(isinstance(value, str) and ARTICLE.match(value) for value in begin)
-        return join_articles(values) if lines else values
+        values = (value for value in self.values() if value and (not isinstance(value, str) or value.strip()))
+        return join_articles(values) if self.articles else values
 
 
 def open_text(params: dict) -> Text:
     """The text that the parameters name: rows of .jsonl or .parquet files, whole .txt files, a folder
     of either, or a `datasets` id.
 
-    WikiText's rows are lines: they are joined into articles. `dataset_config` and `dataset_split` are
-    ignored for local text. Raises UserError where there is no text.
+    WikiText's rows are lines, which are joined into articles: where the name of the dataset says wikitext and
+    its first 1000 rows are single lines with headings among them, and nowhere else. `dataset_config` and
+    `dataset_split` are ignored for local text. Raises UserError where there is no text, here or, naming file
+    and line, while one iterates.
     """
-    import datasets
-
     name, column = params["dataset_name"], params["text_column"]
-    datasets.disable_progress_bars()
     source = local_or_hub(name, "dataset")
-    options = {"name": params["dataset_config"] or None, "split": params["dataset_split"], "revision": params["dataset_revision"] or None}
-    files = text_files(Path(source)) if Path(source).exists() else []
-    if Path(source).exists():
-        kinds = {file.suffix.lower() for file in files}
-        if len(kinds) != 1 or not kinds <= set(TEXT_KINDS):
-            found = ", ".join(sorted(kinds)) or "nothing"
-            raise UserError(f"dataset {name} must be {', '.join(TEXT_KINDS)} files, all of one kind; it holds {found}.")
-        if not any(file.stat().st_size for file in files):
-            raise UserError(f"dataset {name} is empty: it holds no text.")
-        source, more = TEXT_KINDS[kinds.pop()]
-        options = {"data_files": [str(file) for file in files], "split": "train", **more}
-    use_hf_token()
+    kinds = "text or lists of messages" if params["chat"] else "text"
+
+    def checked(places):
+        """The values of (where, value, how to leave it out), each of which has to be text."""
+        with hub_errors("dataset", name):  # what is streamed may break off at any row
+            for where, value, instead in places:
+                if value is not None and not isinstance(value, (str, list) if params["chat"] else str):
+                    raise UserError(f"{where}: column {column} does not hold {kinds}, but {str(value)[:60]!r}{instead}.")
+                if not encodable(value):
+                    raise UserError(f"{where}: column {column} holds half a character (a surrogate without its other half), which no tokenizer reads{instead}.")
+                yield value
+
     with hub_errors("dataset", name):
-        rows = datasets.load_dataset(source, **options)
-    if column not in rows.column_names:
-        raise UserError(f"dataset {name} has no column {column}; it has: {', '.join(rows.column_names)}.")
-    allowed = (str, list) if params["chat"] else str
-    if not isinstance(next((value for value in rows[:1000][column] if value is not None), ""), allowed):
-        raise UserError(f"dataset {name}: column {column} does not hold text{' or lists of messages' if params['chat'] else ''}.")
-    # For the hub, `datasets` derives its fingerprint from the commit of the data that was loaded.
-    text = Text(column, rows, digest_of_files(files) if files else rows._fingerprint)
+        if Path(source).exists():
+            files = local_files(Path(source), name)
+            columns, identity = columns_of(files[0]), [files[0].suffix.lower(), digest_of_files(files)]
+            places = partial(values_of_files, files, column)
+        else:
+            columns, identity, places = hub_text(source, params)
+        if columns and column not in columns:
+            raise UserError(f"dataset {name} has no column {column}; it has: {', '.join(columns)}.")
+        values = lambda: checked(places())
+        lines, headings = True, False
+        for value in itertools.islice(values(), 1000):
+            if isinstance(value, str):
+                lines, headings = lines and "\n" not in value.rstrip("\n"), headings or bool(ARTICLE.match(value))
+    articles = lines and headings and "wikitext" in (Path(source).name if Path(source).exists() else source).lower()
+    notice = f"dataset {name}: WikiText's lines are joined into articles" if articles else ""
+    text = Text(values, digest_of([*identity, articles]), articles, notice)
     if next(iter(text), None) is None:
         raise UserError(f"dataset {name} is empty: column {column} holds no text.")
     return text
+
+
+def encodable(value) -> bool:
+    """Whether a string, or what a list of messages holds, is text that UTF-8 can write."""
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def hub_text(source: str, params: dict) -> tuple[list[str], list, object]:
+    """(columns, identity, () -> iterator over (where, value, "")) of a text on the Hugging Face hub.
+
+    It is streamed, in its own order, where it is not on this disk and where the hub says that it is larger
+    than STREAMED_FROM and than BYTES_PER_ROW for each row wanted, or does not say; else it is fetched whole,
+    and needs no network the next time. `identity`, of the commit, says nothing of which it was.
+    """
+    import datasets
+
+    use_hf_token()
+    datasets.disable_progress_bars()
+    column, split = params["text_column"], params["dataset_split"]
+    which = {"name": params["dataset_config"] or None, "revision": params["dataset_revision"] or None}
+    builder = datasets.load_dataset_builder(source, **which)
+    if not builder.hash:
+        raise UserError(f"the commit of dataset {source} cannot be told (datasets {datasets.__version__}): load it once, save it as a .jsonl file and name that.")
+    size = (getattr((builder.info.splits or {}).get(split), "num_bytes", 0) or math.inf) if re.fullmatch(r"[\w.-]+", split) else 0  # a slice is not streamed
+    streaming = not Path(builder.cache_dir).exists() and size > max(STREAMED_FROM, BYTES_PER_ROW * params["n_activations"])
+    rows = datasets.load_dataset(source, split=split, streaming=streaming, **which)
+    columns = rows.column_names or list(next(iter(rows), {}))
+
+    def places():
+        for number, row in enumerate(rows.select_columns([column])):
+            yield f"dataset {source}, row {number}", row[column], ""
+
+    return columns, [source, builder.config_id, builder.hash, split], places
+
+
+# ---------------------------------------------------------------------------------------------
+# Text: local files
+# ---------------------------------------------------------------------------------------------
+
+
+def read_jsonl(file: Path, column: str = ""):
+    """Yields (where, row, how to go on without it) of each line that is not blank, as `open_text` wants them."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where, instead = f"{show_path(file)}, line {number}", f"; mend that line, or leave it out: sed {number}d '{show_path(file)}' > mended.jsonl"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except ValueError as error:
+                what = f"{error.msg}, character {error.pos}" if isinstance(error, json.JSONDecodeError) else "not even UTF-8"
+                raise UserError(f"{where} is not JSON ({what}){instead}.") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is no JSON object with columns by name{instead}.")
+            yield where, row, instead
+
+
+def read_txt(file: Path, column: str = ""):
+    """A whole file is one row."""
+    try:
+        yield show_path(file), {"text": file.read_text(encoding="utf-8-sig")}, ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{show_path(file)} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+
+
+def read_parquet(file: Path, column: str):
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024, columns=[column]):
+        for row in batch.to_pylist():
+            yield f"{show_path(file)}, row {number}", row, ""
+            number += 1
+
+
+READERS = {".jsonl": read_jsonl, ".txt": read_txt, ".parquet": read_parquet}
+
+
+def values_of_files(files: list[Path], column: str):
+    """Yields (where, value of the column, how to go on without it) of every row; no other column is looked at."""
+    for file in files:
+        for where, row, instead in READERS[file.suffix.lower()](file, column):
+            yield where, row.get(column), instead
+
+
+def columns_of(file: Path) -> list[str]:
+    """The columns of a file; of .jsonl those of its first 1000 rows."""
+    if file.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_schema(file).names
+    rows = itertools.islice(READERS[file.suffix.lower()](file), 1000)
+    return list(dict.fromkeys(name for _, row, _ in rows for name in row))
+
+
+def local_files(path: Path, name: str) -> list[Path]:
+    """The files of local text, in order. UserError unless they are of one kind and hold something."""
+    files = text_files(path)
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) != 1 or not kinds <= set(READERS):
+        found = ", ".join(sorted(kinds)) or "nothing"
+        raise UserError(f"dataset {name} must be {', '.join(READERS)} files, all of one kind; it holds {found}.")
+    files = [file for file in files if file.stat().st_size]
+    if not files:
+        raise UserError(f"dataset {name} is empty: it holds no text.")
+    return files
 
 
 def text_files(path: Path) -> list[Path]:
@@ -252,10 +365,11 @@ def split_windows(window_document, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def digest_of_files(files: list[Path]) -> str:
+    """A digest of the files' bytes, in order; their names do not count."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:24]
 
 
@@ -263,12 +377,18 @@ def digest_of(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
+# The files of a model's folder that say what it computes; a README, a log or sampling settings do not.
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json", "adapter_*", "config.json"]
+MODEL_FILES += ["tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken"]
+
+
 def model_fingerprint(model_name: str, commit: str) -> str:
-    """A digest of a local model's files, or of a hub model's id and commit."""
+    """A digest of a local model's weights, config and tokenizer, or of a hub model's id and commit."""
     folder = resolve(model_name)
     if not folder.is_dir():
         return digest_of([model_name, commit])
-    return digest_of_files(sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")))
+    files = sorted(f for f in folder.iterdir() if f.is_file() and any(fnmatch.fnmatchcase(f.name, pattern) for pattern in MODEL_FILES))
+    return digest_of([[file.name, digest_of_files([file])] for file in files])
 
 
 def model_commit(model_name: str, revision: str) -> str:
@@ -441,6 +561,8 @@ def fill(model, tokenizer, hook_names: list[str], loaded: dict, cache: Path, ann
     text = open_text(loaded)
     if text.fingerprint != loaded["dataset_fingerprint"]:
         raise UserError(f"dataset {loaded['dataset_name']} is no longer the text this SAE was trained on: train it again.")
+    if text.notice:
+        print(text.notice, flush=True)
     with ExitStack() as stack, disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         for folder in sorted(folders.values()):  # in one order, so that two runs never wait for each other

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import datasets
 import numpy as np
@@ -483,12 +485,35 @@ def open_local(path, **changes):
     return harvest.open_text(experiment.check_params("sae_training", {"dataset_name": str(path)} | changes))
 
 
-def test_wikitext_lines_become_articles(tmp_path):
-    lines = ["", " = First = ", "", " Words of it . ", " = = Section = = ", " More . ", " = Second = ", " Other . "]
-    (tmp_path / "rows").mkdir()
-    datasets.Dataset.from_dict({"text": [line + "\n" for line in lines]}).to_parquet(tmp_path / "rows" / "data.parquet")
-    articles = list(open_local(tmp_path / "rows"))
-    assert articles == [" = First = \n Words of it . \n = = Section = = \n More . \n", " = Second = \n Other . \n"]
+WIKI_LINES = ["", " = First = ", "", " Words of it . ", " = = Section = = ", " More . ", " = Second = ", " Other . "]
+
+
+def test_wikitext_lines_become_articles(tmp_path, folder, model, tokenizer, capsys):
+    (tmp_path / "WikiText-rows").mkdir()
+    datasets.Dataset.from_dict({"text": [line + "\n" for line in WIKI_LINES]}).to_parquet(tmp_path / "WikiText-rows" / "data.parquet")
+    text = open_local(tmp_path / "WikiText-rows")
+    assert list(text) == list(text) == [" = First = \n Words of it . \n = = Section = = \n More . \n", " = Second = \n Other . \n"]
+    assert text.notice.endswith("WikiText's lines are joined into articles")
+    (folder / "wikitext.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [" = the cat = \n", *sentences(100)]))
+    rows = rows_of(folder, model, tokenizer, dataset_name=str(folder / "wikitext.jsonl"), n_activations=1000)
+    assert not rows.window_document.any() and capsys.readouterr().out.count("joined into articles") == 1
+
+
+def test_nothing_else_is_joined(tmp_path):
+    """Headings alone make no WikiText, and its name alone neither, where rows are whole articles."""
+    stories = [f"Once upon a time there was a girl number {i}." for i in range(500)]
+    rows = [*stories[:250], " = 42 = ", *stories[250:]]
+    (tmp_path / "heading.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    text = open_local(tmp_path / "heading.jsonl")
+    assert list(text) == rows and len(rows) == 501 and text.notice == ""
+    for name, kept in (("wikitext", [" = One = \n of it", " = Two = "]), ("wikitext-2", ["= One =\n", "no heading"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
+        assert list(open_local(tmp_path / f"{name}.jsonl")) == kept
+    whole = [line for line in WIKI_LINES if line]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in whole))
+    shutil.copy(tmp_path / "lines.jsonl", tmp_path / "wikitext-lines.jsonl")
+    plain, joined = open_local(tmp_path / "lines.jsonl"), open_local(tmp_path / "wikitext-lines.jsonl")
+    assert list(plain) == whole and len(list(joined)) == 2 and plain.fingerprint != joined.fingerprint  # other documents of the same bytes
 
 
 def test_a_text_file_is_one_document_and_a_folder_one_for_each(tmp_path):
@@ -497,7 +522,184 @@ def test_a_text_file_is_one_document_and_a_folder_one_for_each(tmp_path):
     assert list(open_local(tmp_path / "a.txt")) == ["one\ntwo\n"]
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "c.TXT").write_text("four\nfive")
-    assert sorted(open_local(tmp_path, dataset_config="ignored")) == ["four\nfive", "one\ntwo\n", "three"]
+    assert list(open_local(tmp_path, dataset_config="ignored")) == ["one\ntwo\n", "three", "four\nfive"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_names_that_look_like_patterns_are_names(kind, tmp_path):
+    for name in ("story1", "story[1]", "story?", "story*"):
+        file = tmp_path / f"{name}.{kind}"
+        if kind == "parquet":
+            datasets.Dataset.from_dict({"text": [name]}).to_parquet(file)
+        else:
+            file.write_text(name if kind == "txt" else json.dumps({"text": name}))
+    assert sorted(open_local(tmp_path)) == sorted(["story1", "story[1]", "story?", "story*"])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_replaced_by_another_of_its_name_size_and_time_is_read_anew(kind, tmp_path):
+    file, seen = tmp_path / f"text.{kind}", []
+    for text in ("red", "two"):
+        if kind == "parquet":
+            datasets.Dataset.from_dict({"text": [text]}).to_parquet(file)
+        else:
+            file.write_text(json.dumps({"text": text}) + "\n")
+        os.utime(file, (1e9, 1e9))
+        opened = open_local(file)
+        seen.append((list(opened), opened.fingerprint, file.stat().st_size))
+    assert seen[0][0] == ["red"] and seen[1][0] == ["two"] and seen[0][1] != seen[1][1] and seen[0][2] == seen[1][2]
+
+
+def write_lines(file, lines, **more):
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(50)) + "\n" + lines, **more)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "half an emoji \\ud83d here"}', r"odd.jsonl, line 52: column text holds half a character .*; mend that line, or leave it out: sed 52d '.*odd.jsonl' > mended.jsonl"),
+        ('{"text": "She lik', r"odd.jsonl, line 52 is not JSON \(Unterminated string starting at, character 9\); mend that line, or leave it out: sed 52d"),
+        ('["the cat"]', "odd.jsonl, line 52 is no JSON object"),
+        ('{"text": ["the cat"]}', "odd.jsonl, line 52: column text does not hold text, but "),
+        ('{"text": "caf\udce9"}', r"odd.jsonl, line 52 is not JSON \(not even UTF-8\)"),
+    ],
+)
+def test_an_odd_line_is_named_and_the_way_on_works(line, message, tmp_path, monkeypatch):
+    write_lines(tmp_path / "odd.jsonl", line, errors="surrogateescape")
+    with pytest.raises(u.UserError, match=message) as raised:
+        open_local(tmp_path / "odd.jsonl")
+    subprocess.run(str(raised.value).partition("leave it out: ")[2].removesuffix("."), shell=True, check=True, cwd=tmp_path)
+    assert list(open_local(tmp_path / "mended.jsonl")) == sentences(50)
+
+
+def test_an_odd_line_far_on_is_named_when_it_is_reached(tmp_path, tokenizer):
+    texts = sentences(3000)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "{")
+    text = open_local(tmp_path / "text.jsonl")
+    assert len(cut(tokenizer, text, 8, 100)[0]) > 10
+    with pytest.raises(u.UserError, match="text.jsonl, line 3001 is not JSON"):
+        cut(tokenizer, text, 8, 10**9)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(u.UserError, match=r"latin.txt is not UTF-8 \(byte 3\): save it as UTF-8"):
+        open_local(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\n")  # with a mark at its beginning, as editors write it
+    (tmp_path / "b.txt").touch()
+    assert list(open_local(tmp_path)) == ["caf\u00e9\n"]
+
+
+def test_other_columns_may_hold_anything(tmp_path):
+    rows = [{"text": f"story {i}", "meta": i if i < 20_000 else {"kind": [i]}} | ({"new": None} if i > 25_000 else {}) for i in range(30_000)]
+    rows[7] = {"meta": "no text"}
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(open_local(tmp_path / "text.jsonl")) == [row["text"] for row in rows if "text" in row]
+    with pytest.raises(u.UserError, match="has no column story; it has: text, meta"):
+        open_local(tmp_path / "text.jsonl", text_column="story")
+
+
+def test_digests_are_of_what_is_read(folder, model):
+    """A README in the model's folder or another name of the text changes nothing; weights, config, tokenizer and the order of files do."""
+    fingerprint = lambda: harvest.model_fingerprint(str(folder / "model"), "")
+    before = fingerprint()
+    for name in ("README.md", "LICENSE", "generation_config.json", "training_args.bin", "events.out.tfevents.1"):
+        (folder / "model" / name).write_text("new")
+    assert fingerprint() == before
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt", "adapter_config.json"):
+        content = (folder / "model" / name).read_bytes() if (folder / "model" / name).exists() else None
+        (folder / "model" / name).write_bytes((content or b"") + b" ")
+        assert fingerprint() != before, name
+        (folder / "model" / name).unlink() if content is None else (folder / "model" / name).write_bytes(content)
+    assert fingerprint() == before
+    text = open_local(folder / "text.jsonl")
+    documents = list(text)
+    (folder / "text.jsonl").rename(folder / "other.jsonl")
+    renamed = open_local(folder / "other.jsonl")
+    assert renamed.fingerprint == text.fingerprint and list(renamed) == documents
+    (folder / "two").mkdir()
+    (folder / "two" / "a.txt").write_text("one")
+    (folder / "two" / "b.txt").write_text("two")
+    both = open_local(folder / "two")
+    (folder / "two" / "b.txt").rename(folder / "two" / "c.txt")
+    assert open_local(folder / "two").fingerprint == both.fingerprint
+    (folder / "two" / "a.txt").rename(folder / "two" / "d.txt")  # now the second one
+    assert open_local(folder / "two").fingerprint != both.fingerprint and list(open_local(folder / "two")) == ["two", "one"]
+    shutil.copy(folder / "other.jsonl", folder / "other.txt")  # one document of the same bytes
+    assert open_local(folder / "other.txt").fingerprint != text.fingerprint
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A dataset `me/tales` of two parquet files with 300 texts each, in a hub's place, and the calls that were made for it."""
+    texts, calls, stated = sentences(600), [], {}
+    for part in (0, 1):
+        datasets.Dataset.from_dict({"id": range(300), "text": texts[300 * part : 300 * part + 300]}).to_parquet(tmp_path / f"part-{part}.parquet")
+    real, real_builder = datasets.load_dataset, datasets.load_dataset_builder
+    there = lambda **given: given | {"data_files": {"train": [str(tmp_path / f"part-{part}.parquet") for part in (0, 1)]}, "cache_dir": str(tmp_path / "cache")}
+
+    def load(source, **given):
+        calls.append((source, given["streaming"]))
+        return real("parquet", **there(**given))
+
+    def builder(source, **given):
+        found = real_builder("parquet", **there(**given))
+        if stated:
+            found.info.splits = {"train": datasets.SplitInfo("train", **stated)}
+        return found
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    return texts, calls, stated
+
+
+@pytest.mark.parametrize(
+    ("stated", "wanted", "streaming"),
+    [({}, 1000, True), ({"num_bytes": 2 * 10**9}, 1000, True), ({"num_bytes": 2 * 10**9}, 2 * 10**7, False), ({"num_bytes": 10**6}, 1000, False)],
+)
+def test_a_large_dataset_is_streamed_and_a_small_one_fetched(hub, stated, wanted, streaming, tmp_path):
+    """By its size as stated, beside what is wanted; the documents, their order and their key are the same."""
+    texts, calls, sizes = hub
+    sizes |= stated
+    text = open_local("me/tales", n_activations=wanted)
+    assert calls == [("me/tales", streaming)] and list(text) == list(text) == texts
+    assert (tmp_path / "cache" / "parquet").exists() is not streaming  # streamed rows leave nothing on the disk
+    sizes.clear()
+    sizes["num_bytes"] = 10**6
+    fetched = open_local("me/tales", n_activations=wanted)  # now it is here
+    sizes["num_bytes"] = 10**12
+    again = open_local("me/tales", n_activations=wanted)
+    assert [call[1] for call in calls[1:]] == [False, False] and text.fingerprint == fetched.fingerprint == again.fingerprint
+    assert list(fetched) == texts == list(again)
+
+
+def test_streaming_reads_no_more_than_it_needs(hub, tokenizer, tmp_path, monkeypatch):
+    texts, calls, _ = hub
+    text = open_local("me/tales", n_activations=1000)
+    (tmp_path / "part-1.parquet").write_bytes(b"never looked at")
+    whole = cut(tokenizer, texts, 16, 1000)
+    assert cut(tokenizer, text, 16, 1000) == whole and calls == [("me/tales", True)]
+    with pytest.raises(u.UserError, match="dataset me/tales could not be loaded: "):
+        cut(tokenizer, text, 16, 10**6)
+
+
+def test_a_slice_of_a_dataset_is_not_streamed(hub):
+    texts, calls, _ = hub
+    assert list(open_local("me/tales", dataset_split="train[10:20]")) == texts[10:20] and calls == [("me/tales", False)]
+    one, other = (open_local("me/tales", dataset_split=split).fingerprint for split in ("train[:30]", "train[:31]"))
+    assert one != other
+
+
+def test_mistakes_in_a_hub_dataset_are_told(hub, monkeypatch):
+    with pytest.raises(u.UserError, match="dataset me/tales has no column story; it has: id, text"):
+        open_local("me/tales", text_column="story")
+    with pytest.raises(u.UserError, match="dataset me/tales, row 0: column id does not hold text, but '0'"):
+        open_local("me/tales", text_column="id")
+    with pytest.raises(u.UserError, match="dataset me/tales could not be loaded: .*test"):
+        open_local("me/tales", dataset_split="test")
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **b: types.SimpleNamespace(hash=None))
+    with pytest.raises(u.UserError, match="the commit of dataset me/tales cannot be told"):
+        open_local("me/tales")
 
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 64}

@@ -224,6 +224,22 @@ def test_nearly_equal_directions_are_listed():
     assert [(i, j) for i, j, _ in pairs] == sorted(expected, key=lambda p: -full[p]) and (7, 40) in expected
 
 
+def test_of_collapsed_latents_the_most_alike_are_listed():
+    """Nearly all of 300 * 299 / 2 pairs are alike: the best of each chunk, and no list of them all."""
+    W_dec = torch.randn(1, 24) + 0.1 * torch.randn(300, 24)
+    nearest, cosine, pairs = features.similar_directions(W_dec, chunk=100, most=50)
+    unit = torch.nn.functional.normalize(W_dec.double(), dim=1)
+    full = unit @ unit.T
+    assert (full > 0.9).sum() > 80_000 and len(pairs) == 150 and len({(i, j) for i, j, _ in pairs}) == 150 and all(i < j for i, j, _ in pairs)
+    for first in (0, 100, 200):
+        best = full[first : first + 100].triu(first + 1).flatten().sort(descending=True).values[:50]
+        mine = sorted((value for i, _, value in pairs if first <= i < first + 100), reverse=True)
+        torch.testing.assert_close(torch.tensor(mine).double(), best, rtol=0, atol=1e-6)
+    for i, j, value in pairs:
+        assert value == pytest.approx(full[i, j].item(), abs=1e-6)
+    torch.testing.assert_close(cosine.double(), full.fill_diagonal_(-2).max(1).values, rtol=0, atol=1e-6)
+
+
 def test_measured_effect_against_an_ablation_by_hand(rows, sparse_sae, model, tokenizer):
     acts = sparse_sae.encode(rows.activations)
     latent = int((acts > 0).sum(0).argmax())

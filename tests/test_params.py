@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import filelock
+import huggingface_hub
 import papermill
 import pytest
+import safetensors
 import tokenizers
 import torch
 import transformers
@@ -145,7 +148,7 @@ def test_a_gated_model_says_what_to_do():
         ("", "is empty"),
         ('{"text": ""}\n{"text": " "}\n', "is empty"),
         ('{"body": "x"}\n', "no column text; it has: body"),
-        ("not json\n", "could not be loaded: "),
+        ("not json\n", "text.jsonl, line 1 is not JSON"),
         ('{"text": 5}\n', "column text does not hold text"),
     ],
 )
@@ -182,6 +185,52 @@ def test_a_name_that_the_hub_does_not_know():
 
     with pytest.raises(u.UserError, match="model x/y does not exist on the Hugging Face hub, or is private"), u.hub_errors("model", "x/y"):
         raise OSError("401 Client Error") from RepositoryNotFoundError()
+
+
+@pytest.mark.parametrize("bug", [TypeError, AttributeError, NameError, KeyError, IndexError, AssertionError, ZeroDivisionError])
+def test_mistakes_in_a_program_are_not_taken_for_a_model_that_cannot_be_had(bug):
+    mistake = bug("ours")
+    with pytest.raises(bug) as raised, u.hub_errors("model", "x/y"):
+        raise mistake
+    assert raised.value is mistake
+
+
+def test_what_the_libraries_raise_is_one_sentence_that_keeps_its_cause(tmp_path):
+    library = [huggingface_hub.errors.EntryNotFoundError, datasets.exceptions.DatasetsError, safetensors.SafetensorError, OSError, ConnectionError, ValueError, RuntimeError]
+    for kind in library:
+        cause = kind.__new__(kind)
+        with pytest.raises(u.UserError, match="model x/y could not be loaded: ") as raised, u.hub_errors("model", "x/y"):
+            raise cause
+        assert raised.value.__cause__ is cause
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(u.UserError, match="model m could not be loaded: ") as raised, u.hub_errors("model", "m"):
+        safetensors.safe_open(tmp_path / "model.safetensors", "pt")
+    assert isinstance(raised.value.__cause__, safetensors.SafetensorError)
+
+
+MODEL_FAULTS = {  # what is wrong with a model's folder, and what is said of it
+    "unknown type": (lambda d: change_config(d, model_type="foo"), "model type `foo`"),
+    "of another kind": (lambda d: (d / "config.json").write_text('{"model_type": "vit"}'), "ViTConfig"),
+    "text for a number": (lambda d: change_config(d, hidden_size="big"), "hidden_size"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "weights cut off": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]), "deserializing header"),
+    "weights of another kind": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), ""),
+    "tokenizer in part": (lambda d: (d / "tokenizer.json").write_text('{"added_tokens": []}'), ""),
+}
+
+
+def change_config(folder, **changes):
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+def test_a_model_that_is_not_whole_is_told_in_one_sentence(fault, folder):
+    spoil, message = MODEL_FAULTS[fault]
+    spoil(folder / "model")
+    with pytest.raises(u.UserError, match=f"model .* could not be loaded: .*{message}") as raised:
+        u.find_hook(str(folder / "model"), 1)
+        u.load_model(str(folder / "model"))
+    assert raised.value.__cause__ is not None and len(str(raised.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["activations", "tiny-model", "."])

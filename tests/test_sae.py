@@ -125,3 +125,33 @@ def test_damaged_and_foreign_files_are_refused_in_one_sentence(sae, tmp_path, fr
         u.SAE.load(path)
     with pytest.raises(u.UserError, match="there is no SAE at"):
         u.SAE.load(tmp_path / "none.pth")
+
+
+def test_devices(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert u.pick_device("cpu") == "cpu" and u.pick_device("cpu:0") == "cpu:0" and chosen == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert u.pick_device("cuda:1") == "cuda:1" and chosen == ["cuda:1"] and u.pick_device() == "cuda"
+    with pytest.raises(u.UserError, match="device tpu:0 is not available here"):
+        u.pick_device("tpu:0")
+
+
+@pytest.mark.parametrize("architecture", ["relu", "batchtopk"])
+def test_parts_that_are_missing_or_do_not_fit_are_named(architecture, tmp_path):
+    path, sae = tmp_path / "sae.pth", u.SAE(16, 48, architecture=architecture, k=4)
+    sae.save(path)
+    saved = torch.load(path, weights_only=True)
+    state = saved["state_dict"]
+    without = lambda of, name: {key: value for key, value in of.items() if key != name}
+    wrong = [({"state_dict": without(state, name)}, f"it lacks {name};") for name in state if name != "W_enc"]
+    wrong += [({"state_dict": without(state, "W_enc")}, "no matrix W_enc"), ({"state_dict": state | {"W_enc": torch.zeros(48)}}, "no matrix W_enc")]
+    wrong += [({"state_dict": state | {"b_dec": torch.zeros(15)}}, r"b_dec of shape \(15,\), not \(16,\)"), ({"state_dict": state | {"b_pre": torch.zeros(16)}}, "holds b_pre, which it should not")]
+    wrong += [({"state_dict": state | {"W_enc": state["W_enc"].T}}, r"W_dec of shape \(48, 16\), not \(16, 48\)"), ({"activation_mean": torch.zeros(48)}, r"activation_mean of shape \(48,\)")]
+    wrong += [({"density": None}, r"density of shape NoneType, not \(48,\)"), ({"config": without(saved["config"], "k")}, "lacks k in its config")]
+    for change, message in wrong:
+        torch.save(saved | change, path)
+        with pytest.raises(u.UserError, match="sae.pth .*" + message):
+            u.SAE.load(path)
+    torch.save(saved, path)
+    assert torch.equal(u.SAE.load(path).W_dec, sae.W_dec)
