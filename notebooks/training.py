@@ -75,7 +75,7 @@ class Trainer:
     """
 
     def __init__(
-        self, sae: sae_utils.SAE, l1_coeff: float = 0.0, auxk_weight: float = 0.0, dead_after: int = 512_000, l0_weight: float = 0.0,
+        self, sae: sae_utils.SAE, l1_coeff: float = 0.0, auxk_weight: float = 0.0, dead_after: int = 100_000, l0_weight: float = 0.0,
         sparse_below: float = SPARSE_BELOW, graphs: bool = True, kernel: bool = True,
     ):  # fmt: skip
         self.sae, self.rule, self.dead_after = sae.requires_grad_(False), sae.rule, dead_after
