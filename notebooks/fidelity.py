@@ -73,11 +73,10 @@ def kmeans(activations: Tensor, index: Tensor, k: int, seed: int, most: int = 20
     in proportion to its squared distance from the centres before it, from 8 k rows and in at most 256 rounds. A
     centre without rows is put where a row lies farthest from its own. Ends when the squared error falls by less
     than a thousandth, or after `iterations`. No more than `most` rows and (chunk, k) distances are held at once.
-    UserError where there are fewer rows than centres.
+    Where the rows are fewer than k, so are the centres.
     """
     chosen = index[:: -(-len(index) // most)]
-    if len(chosen) < k:
-        raise sae_utils.UserError(f"{len(chosen)} rows are too few for {k} centres: give more text, or lower expansion.")
+    k = min(k, len(chosen))
     generator = torch.Generator().manual_seed(seed)
     x = torch.cat([activations[part].to(device).float() for part in chosen.split(65536)])
     origin = x.mean(0)

@@ -549,7 +549,7 @@ def verdict(edit: float, controls: list[float], lowers: bool = False) -> dict:
     p = (as_good + 1) / (n + 1)
     says = f"It {'stands out' if p <= 0.05 else 'does not stand out'} from its controls (p = {p:.3f}: {as_good or 'none'} of {n} moved the log-odds as far)."
     if n < 19:
-        says += f" With {n} controls no p below {1 / (n + 1):.3f} can be had; it takes 19 for 0.05."
+        says += f" With {n} control{'s' if n != 1 else ''} no p below {1 / (n + 1):.3f} can be had; it takes 19 for 0.05."
     return {"p": p, "as_good": as_good, "stands_out": p <= 0.05, "says": says}
 
 
@@ -645,8 +645,9 @@ def findings(result: dict) -> list[str]:
     fourth = f"At dose 1 the patched text surprises the unpatched model by {dose[1.0]:.2f} nats per token, its own by {dose[0.0]:.2f}; at dose {max(dose):g} by {dose[max(dose)]:.2f}."
     fifth = []
     if result["ablation_log_odds_change"]:
-        change = statistics.mean(result["ablation_log_odds_change"])
-        fifth = [f"Ablating {named} where {said!r} is due changes its log-odds by {change:+.2f} on average. {result['ablation_verdict']}"]
+        change, (own, *others) = statistics.mean(result["ablation_log_odds_change"]), result["ablation_removed"]
+        sizes = f"{own:.2f} in sum is taken away, by controls {min(others):.2f} to {max(others):.2f}" if others else "nothing else is active there"
+        fifth = [f"Ablating {named} where {said!r} is due changes its log-odds by {change:+.2f} on average (activation: {sizes}). {result['ablation_verdict']}"]
     return [first, second, third, fourth, *fifth]
 
 

@@ -426,7 +426,7 @@ def test_log_odds_and_hits_by_hand():
 
 @pytest.mark.parametrize(("edit", "controls", "lowers", "p", "stands_out", "says"), [
     (5.0, [1.0] * 19, False, 0.05, True, "none of 19"), (5.0, [1.0] * 19 + [5.0], False, 2 / 21, False, "1 of 20"), (5.0, [1.0] * 20, False, 1 / 21, True, "none of 20"),
-    (5.0, [1.0], False, 0.5, False, "With 1 controls no p below 0.500 can be had"), (-5.0, [1.0] * 20, True, 1 / 21, True, "none of 20"), (-5.0, [1.0] * 20, False, 1.0, False, "20 of 20"),
+    (5.0, [1.0], False, 0.5, False, "With 1 control no p below 0.500 can be had"), (-5.0, [1.0] * 20, True, 1 / 21, True, "none of 20"), (-5.0, [1.0] * 20, False, 1.0, False, "20 of 20"),
     (-5.0, [-6.0, -4.0] * 10, True, 11 / 21, False, "10 of 20"), (5.0, [], False, 1.0, False, "no p below 1.000"), (5.0, [1.0] * 18, False, 1 / 19, False, "no p below 0.053"),
 ])  # fmt: skip
 def test_an_edit_stands_out_or_it_does_not(edit, controls, lowers, p, stands_out, says):
@@ -481,7 +481,7 @@ def result():
         "comparison": rows, "target": " <b>", "sources": [" x"], "names": {7: "<i>own</i>"}, "edited": [7, 8], "silenced": [], "edits_file": "", "operation": "swap",
         "scope": "last", "lowers": False, "positions_edited": [1, 3], "controls": [[1]] * 20, "controls_matched_by": "density", "target_is_first_choice": 2,
         "ce_original": 1.0, "ce_reconstruction": 1.25, "reconstruction_first_choice_stays": 2, "keep_error": True, "announcing_latent_is_number": [1, None],
-        "doses": [{"dose": d, "surprise": s} for d, s in ((0.0, 0.5), (1.0, 1.5), (4.0, 9.0))], "ablation_log_odds_change": [-1.0, -2.0],
+        "doses": [{"dose": d, "surprise": s} for d, s in ((0.0, 0.5), (1.0, 1.5), (4.0, 9.0))], "ablation_log_odds_change": [-1.0, -2.0], "ablation_removed": [7.5, 3.0, 8.0],
         "ablation_verdict": patching.verdict(-1.5, [0.0, -2.0], lowers=True)["says"], "notices": ["odd"],
     }  # fmt: skip
 
@@ -501,7 +501,7 @@ def test_the_findings_say_what_was_found(result, tmp_path):
     assert said[0].startswith("Swap of latent 7 (<i>own</i>), 8 at scope last: the probability of '<b>' rose") and "1 of 2 prompts" in said[0] and "edited at 1 to 3 positions of each" in said[0]
     assert "It stands out from its controls (p = 0.048: none of 20" in said[0] and "of like density, pushed as hard: 0 in the median" in said[0]
     assert "1.250 against 1.000" in said[1] and "too few effects to rank" in said[2] and "comes first on 1 of 2" in said[2]
-    assert "by 1.50 nats per token, its own by 0.50; at dose 4 by 9.00" in said[3] and "by -1.50 on average. It does not stand out" in said[4]
+    assert "by 1.50 nats per token, its own by 0.50; at dose 4 by 9.00" in said[3] and "by -1.50 on average (activation: 7.50 in sum is taken away, by controls 3.00 to 8.00). It does not stand out" in said[4]
     other = result | {"lowers": True, "controls_matched_by": "activity", "edits_file": "mine.yaml", "ablation_log_odds_change": []}
     said = patching.findings(other)
     assert said[0].startswith("The edits of mine.yaml: the probability of '<b>' fell") and "active at the edited places about as much" in said[0] and len(said) == 4

@@ -206,8 +206,14 @@ def test_a_centre_without_rows_moves_to_where_one_is_needed(monkeypatch, fresh_s
     monkeypatch.setattr(torch, "multinomial", lambda weights, n, generator: torch.zeros(n, dtype=torch.long))  # all start at one row
     found = fidelity.kmeans(x, torch.arange(140), 2, fresh_seed)
     assert squared_distances(torch.stack([x[:100].mean(0), x[100:].mean(0)]), found).amin(1).max() < 1e-3
-    with pytest.raises(u.UserError, match="140 rows are too few for 141 centres"):
-        fidelity.kmeans(x, torch.arange(140), 141, 0)
+
+
+def test_as_many_centres_as_rows_are_the_rows(fresh_seed):
+    x = torch.randn(50, 4)
+    found = fidelity.kmeans(x, torch.arange(0, 50, 2), 99, fresh_seed)
+    assert found.shape == (25, 4) and squared_distances(x[::2], found).amin(1).max() < 1e-9
+    same = fidelity.kmeans(torch.ones(30, 4), torch.arange(30), 8, fresh_seed)  # fewer different rows than centres
+    assert same.shape == (8, 4) and (same - 1).abs().max() < 1e-5
 
 
 def test_what_watches_does_not_judge(fresh_seed):
