@@ -245,6 +245,10 @@ def test_how_well_latents_announce_words_by_brute_force(sae):
                 best = max(best, 2 * both / max(1, int(on.sum()) + int(says.sum())))
             assert got[w, latent].item() == pytest.approx(best, abs=2e-3)  # one row may lie on a threshold
     assert got[:2].max() > 0.1 and not got[2].any()
+    for latent, share in ((4, 0.1), (11, 0.25), (30, 0.5)):  # each threshold is the right one for some latent
+        column = sae.encode(x)[:, latent]
+        follows = torch.where(column > share * sae.max_act[latent], 9, 0)
+        assert patching.announce_f1(sae, x, torch.arange(400), follows, [9])[0, latent] > 0.995
 
 
 def test_the_data_choose_the_word_that_is_announced_best(monkeypatch):

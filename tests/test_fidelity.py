@@ -204,6 +204,8 @@ def test_kmeans_finds_clusters_that_lie_apart(fresh_seed):
 def test_a_centre_without_rows_moves_to_where_one_is_needed(monkeypatch, fresh_seed):
     x = torch.cat([torch.randn(100, 3), torch.randn(40, 3) + 500])
     monkeypatch.setattr(torch, "multinomial", lambda weights, n, generator: torch.zeros(n, dtype=torch.long))  # all start at one row
+    once = fidelity.kmeans(x, torch.arange(140), 2, fresh_seed, iterations=1)
+    assert squared_distances(x, once).amin().item() < 1e-6  # a row, where all others went to the mean
     found = fidelity.kmeans(x, torch.arange(140), 2, fresh_seed)
     assert squared_distances(torch.stack([x[:100].mean(0), x[100:].mean(0)]), found).amin(1).max() < 1e-3
 
