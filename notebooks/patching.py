@@ -635,18 +635,21 @@ def findings(result: dict) -> list[str]:
         f"first choice stays on {result['reconstruction_first_choice_stays']} of {n} prompts; the edit keeps the SAE's error: {'yes' if result['keep_error'] else 'no'}."
     )
     ranked = lambda value: "too few effects to rank" if value is None else f"{value:.2f}"
+    others = "no active latent was left unmeasured"
+    if result["gradient_others"]:
+        others = f"among {result['gradient_others']} random active latents that the gradient did not choose, {ranked(result['gradient_agreement_others'])}"
+        others += f" (their largest effect {result['gradient_others_largest']:.3f} nats)"
     third = (
         f"Which latents the model's next word hangs on: rank correlation of the gradient's estimates with ablations, {ranked(result['gradient_agreement'])}; the same latent "
-        f"first on {result['gradient_agrees_on_first']} of {n} prompts; among {result['gradient_others']} random active latents that the gradient did not choose, "
-        f"{ranked(result['gradient_agreement_others'])} (their largest effect {result['gradient_others_largest']:.3f} nats); "
+        f"first on {result['gradient_agrees_on_first']} of {n} prompts; {others}; "
         f"the latent that announces the word comes first on {sum(p == 1 for p in result['announcing_latent_is_number'])} of {len(result['announcing_latent_is_number'])}."
     )
     dose = {row["dose"]: row["surprise"] for row in result["doses"]}
     fourth = f"At dose 1 the patched text surprises the unpatched model by {dose[1.0]:.2f} nats per token, its own by {dose[0.0]:.2f}; at dose {max(dose):g} by {dose[max(dose)]:.2f}."
     fifth = []
     if result["ablation_log_odds_change"]:
-        change, (own, *others) = statistics.mean(result["ablation_log_odds_change"]), result["ablation_removed"]
-        sizes = f"{own:.2f} in sum is taken away, by controls {min(others):.2f} to {max(others):.2f}" if others else "nothing else is active there"
+        change, (own, *rest) = statistics.mean(result["ablation_log_odds_change"]), result["ablation_removed"]
+        sizes = f"{own:.2f} in sum is taken away, by controls {min(rest):.2f} to {max(rest):.2f}" if rest else "nothing else is active there"
         fifth = [f"Ablating {named} where {said!r} is due changes its log-odds by {change:+.2f} on average (activation: {sizes}). {result['ablation_verdict']}"]
     return [first, second, third, fourth, *fifth]
 

@@ -504,8 +504,11 @@ def test_the_findings_say_what_was_found(result, tmp_path):
     said = patching.findings(result)
     assert said[0].startswith("Swap of latent 7 (<i>own</i>), 8 at scope last: the probability of '<b>' rose") and "1 of 2 prompts" in said[0] and "edited at 1 to 3 positions of each" in said[0]
     assert "It stands out from its controls (p = 0.048: none of 20" in said[0] and "of like density, pushed as hard: 0 in the median" in said[0]
-    assert "1.250 against 1.000" in said[1] and "too few effects to rank" in said[2] and "comes first on 1 of 2" in said[2]
+    assert "1.250 against 1.000" in said[1] and "ablations, too few effects to rank;" in said[2] and "no active latent was left unmeasured" in said[2] and "comes first on 1 of 2" in said[2]
     assert "by 1.50 nats per token, its own by 0.50; at dose 4 by 9.00" in said[3] and "by -1.50 on average (activation: 7.50 in sum is taken away, by controls 3.00 to 8.00). It does not stand out" in said[4]
+    sampled = {"gradient_agreement": 0.66, "gradient_others": 12, "gradient_agreement_others": 0.5, "gradient_others_largest": 0.25}
+    said = patching.findings(result | sampled)[2]
+    assert "ablations, 0.66;" in said and "among 12 random active latents that the gradient did not choose, 0.50 (their largest effect 0.250 nats)" in said
     other = result | {"lowers": True, "controls_matched_by": "activity", "edits_file": "mine.yaml", "ablation_log_odds_change": []}
     said = patching.findings(other)
     assert said[0].startswith("The edits of mine.yaml: the probability of '<b>' fell") and "active at the edited places about as much" in said[0] and len(said) == 4
