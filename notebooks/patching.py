@@ -593,7 +593,9 @@ def biggest_moves(as_text, before: Tensor, after: Tensor, n: int = 4) -> list[di
     return [{"token": as_text(t), "change": move[t].item()} for t in [t for t in rises if move[t] > 0] + [t for t in falls if move[t] < 0]]
 
 
-def side_by_side(as_text, prompts: list[list[int]], original: tuple, reconstruction: tuple, patched: tuple, kl, change, target: int, positions: list[int]) -> list[dict]:
+def side_by_side(
+    as_text, prompts: list[list[int]], original: tuple, reconstruction: tuple, patched: tuple, kl: list, change: list, target: int, positions: list[int]
+) -> list[dict]:
     """For each prompt what the page shows: the three texts, the original's tokens with KL and change (`along`) and a
     `shade` relative to the largest KL of all, probabilities of the target, tokens that moved most. Arms as in `hit`."""
     most = max([value for values in kl for value in values] + [1e-9])
@@ -613,8 +615,9 @@ def side_by_side(as_text, prompts: list[list[int]], original: tuple, reconstruct
 def shaded(as_text, prompts: list[list[int]], texts: list[list[int]], values: list[list[float]], colour: str, most: int = 5) -> str:
     """HTML of the first `most` prompts' ends and texts, their tokens shaded by non-negative `values`, all by one scale."""
     top = max([v for line in values for v in line], default=0.0)
+    end = lambda prompt: f"…{html.escape(as_text(prompt[-8:]))} <b>|</b> "
     lines = zip(prompts[:most], texts[:most], values[:most], strict=True)
-    return "<br>".join(f"…{html.escape(as_text(prompt[-8:]))} <b>|</b> " + sae_utils.shade([as_text(t) for t in ids], line, color=colour, top=top) for prompt, ids, line in lines)
+    return "<br>".join(end(prompt) + sae_utils.shade([as_text(t) for t in ids], line, color=colour, top=top) for prompt, ids, line in lines)
 
 
 def findings(result: dict) -> list[str]:
