@@ -333,8 +333,9 @@ def cells(figures: dict[str, dict]) -> list[list[str]]:
         if figures[arm][figure] is None:
             return "says nothing"
         pattern = FIGURES[figure][1]
-        if figure in ("ce_increase", "kl") and abs(figures[arm][figure][0]) >= 0.1:  # large ones need no fourth digit
-            pattern = pattern.replace(".4f", ".3f")
+        first = figures[arm][figure][0]
+        if figure in ("ce_increase", "kl", "fvu") and abs(first) >= 0.01 or figure.startswith("ce_recovered") and first < 0.99:
+            pattern = pattern.replace(".4f", ".3f")  # a fourth digit says little there, and eight arms have to stand beside each other
         value, low, high = (pattern.format(v) for v in figures[arm][figure])
         return f"{value}\n{low} to {high}".replace("\n+", "\n").replace("to +", "to ")
 

@@ -287,3 +287,7 @@ def test_a_ratio_that_says_nothing_is_said_so():
     lines = fidelity.cells(table)
     assert lines[0] == ["", "untouched", "this\nSAE", "mean", "zero"]
     assert ["CE recovered, zero", "", "says nothing", "", ""] in lines and ["increase of CE", "", *(f"+{v}\n{v} to {v}" for v in ("0.300", "0.0010", "0.0010"))] in lines
+    assert ["FVU", "", "1.000\n1.000 to 1.000", "", ""] in lines  # large ones have no fourth digit, small ones do
+    near = {"sae": {"fvu": (0.00661, 0.0065, 0.0067), "ce_recovered": (0.99971, 0.9996, 0.9998)}, "pca": {"fvu": (0.3257, 0.32, 0.33), "ce_recovered": (0.6218, 0.62, 0.63)}}
+    cell = {line[0]: line[1:] for line in fidelity.cells(near)}
+    assert cell["FVU"] == ["0.0066\n0.0065 to 0.0067", "0.326\n0.320 to 0.330"] and cell["CE recovered, zero"] == ["0.9997\n0.9996 to 0.9998", "0.622\n0.620 to 0.630"]
