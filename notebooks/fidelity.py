@@ -33,11 +33,78 @@ def through_sae(sae: sae_utils.SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     return sae.denormalise(sae.decode_unit(acts), norm), (acts > 0).sum(-1)
 
 
-def through_components(sae: sae_utils.SAE, components: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `through_sae`, from the rows of `components` (k, d_in), which are orthonormal: projected in the SAE's
-    normalised units, so that the token's norm is given to both alike."""
-    x_unit, norm = sae.normalise(x)
-    return sae.denormalise(x_unit @ components.T @ components, norm), torch.full(x.shape[:-1], len(components), device=x.device)
+def through_components(mean: Tensor, components: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `through_sae`, by ordinary PCA: x_hat = mean + (x - mean) C^T C in the model's own units, C (k, d_in)
+    being the first k principal components of raw training rows, orthonormal, and `mean` (d_in) those rows' mean.
+    No k fixed directions leave a smaller squared error of the rows they are taken from (Eckart and Young 1936)."""
+    mean, components = mean.to(x.device), components.to(x.device)
+    x_hat = mean + (x.float() - mean) @ components.T @ components
+    return x_hat, torch.full(x.shape[:-1], len(components), device=x.device)
+
+
+def nearest(centres: Tensor, x: Tensor) -> Tensor:
+    """(…) the number of the centre, a row of `centres` (k, d_in), that lies nearest to each x (…, d_in).
+
+    All is measured from the centres' own mean: in float32 a large common offset would drown the differences.
+    """
+    centres = centres.to(x.device)
+    origin = centres.mean(0)
+    centred = centres - origin
+    return ((x.float() - origin) @ centred.T - centred.square().sum(1) / 2).argmax(-1)
+
+
+def through_centres(centres: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `through_sae`, by vector quantisation: x_hat is the nearest of `centres` (k, d_in), so one of k is
+    active, always fully. It has no strengths and makes no sums; what it reaches needs neither."""
+    return centres.to(x.device)[nearest(centres, x)], torch.ones(x.shape[:-1], dtype=torch.long, device=x.device)
+
+
+def membership(centres: Tensor, x: Tensor) -> Tensor:
+    """(…, k) 1.0 at the nearest of `centres` (k, d_in), else 0.0: clusters in the form of acts."""
+    return torch.nn.functional.one_hot(nearest(centres, x), len(centres)).float()
+
+
+@torch.no_grad()
+def kmeans(activations: Tensor, index: Tensor, k: int, seed: int, most: int = 200_000, iterations: int = 30, chunk: int = 4096, device: str = "cpu") -> Tensor:
+    """(k, d_in) centres of the raw rows `index` by Lloyd's algorithm (1982), of at most `most` of them, evenly spread.
+
+    Raw rows in every mode of the SAE: fvu is in the model's units, and this is what k-means makes small. The
+    first centres are rows drawn like those of k-means++ (Arthur and Vassilvitskii 2007), each with a probability
+    in proportion to its squared distance from the centres before it, from 8 k rows and in at most 256 rounds. A
+    centre without rows is put where a row lies farthest from its own. Ends when the squared error falls by less
+    than a thousandth, or after `iterations`. No more than `most` rows and (chunk, k) distances are held at once.
+    Where the rows are fewer than k, so are the centres.
+    """
+    chosen = index[:: -(-len(index) // most)]
+    k = min(k, len(chosen))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.cat([activations[part].to(device).float() for part in chosen.split(65536)])
+    origin = x.mean(0)
+    x -= origin
+    some = x[torch.randperm(len(x), generator=generator)[: 8 * k].to(device)]
+    centres, distance = some[:1], (some - some[0]).square().sum(1)
+    while len(centres) < k:
+        drawn = torch.multinomial(distance.cpu() + 1e-30, min(k - len(centres), -(-k // 256)), generator=generator)
+        new = some[drawn.to(device)]
+        centres = torch.cat([centres, new])
+        distance = torch.minimum(distance, torch.cdist(some, new).square().amin(1))
+        distance[drawn.to(device)] = 0
+    before = torch.inf
+    for _ in range(iterations):
+        sums, counts, far = torch.zeros_like(centres), torch.zeros(k, device=device), []
+        for part in x.split(chunk):
+            own = nearest(centres, part)
+            sums.index_add_(0, own, part)
+            counts += torch.bincount(own, minlength=k)
+            far.append((part - centres[own]).square().sum(1))
+        far, empty = torch.cat(far), (counts == 0).nonzero().flatten()
+        centres = sums / counts.clamp_min(1)[:, None]
+        centres[empty] = x[far.topk(len(empty)).indices]
+        error = far.double().sum().item()
+        if before - error < 1e-3 * error and not len(empty):
+            break
+        before = error
+    return centres + origin
 
 
 @torch.no_grad()
@@ -54,6 +121,28 @@ def untrained(sae: sae_utils.SAE, activations: Tensor, index: Tensor, l0: float,
     x_unit_hat = fresh.decode_unit(fresh.encode_unit(x_unit))
     fresh.W_dec *= (x_unit * x_unit_hat).sum() / x_unit_hat.square().sum().clamp_min(1e-12)
     return fresh
+
+
+# ---------------------------------------------------------------------------------------------
+# Which text watches the training, which judges its result
+# ---------------------------------------------------------------------------------------------
+
+
+def watch_and_judge(held_out: Tensor, document, share: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor, bool]:
+    """(watched, judging, apart): the held-out windows, or rows, in two, as masks like `held_out` (n,), boolean.
+
+    `document` (n,) is the document of each. A seeded draw of about `share` of the held-out documents, at least
+    one and never all, is watched while training goes on and may end it; the figures come from the others, which
+    had no say. Where one document is all there is, it does both, and `apart` is False: that is to be told.
+    """
+    document = torch.as_tensor(document)
+    documents = document[held_out].unique()
+    if len(documents) < 2:
+        return held_out.clone(), held_out.clone(), False
+    n = min(len(documents) - 1, max(1, round(share * len(documents))))
+    drawn = documents[torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))[:n]]
+    watched = held_out & torch.isin(document, drawn)
+    return watched, held_out & ~watched, True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,7 +315,7 @@ def table(names: list[str], text: Tensor, tokens: Tensor, rows: dict[str, Tensor
 
 # What a person reads: the arms in words, and the figures with their names and formats.
 ARMS = {
-    "clean": "untouched", "sae": "this\nSAE", "pca": "PCA,\nsame L0", "untrained": "untrained,\nsame L0",
+    "clean": "untouched", "sae": "this\nSAE", "kmeans": "k-means,\none active", "pca": "PCA,\nsame L0", "untrained": "untrained,\nsame L0",
     "mean_post_norm": "mean after\nthe norm", "mean": "mean", "zero": "zero",
 }  # fmt: skip
 FIGURES = {
@@ -246,8 +335,9 @@ def cells(figures: dict[str, dict]) -> list[list[str]]:
         if figures[arm][figure] is None:
             return "says nothing"
         pattern = FIGURES[figure][1]
-        if figure in ("ce_increase", "kl") and abs(figures[arm][figure][0]) >= 0.1:  # large ones need no fourth digit
-            pattern = pattern.replace(".4f", ".3f")
+        first = figures[arm][figure][0]
+        if figure in ("ce_increase", "kl", "fvu") and abs(first) >= 0.01 or figure.startswith("ce_recovered") and first < 0.99:
+            pattern = pattern.replace(".4f", ".3f")  # a fourth digit says little there, and eight arms have to stand beside each other
         value, low, high = (pattern.format(v) for v in figures[arm][figure])
         return f"{value}\n{low} to {high}".replace("\n+", "\n").replace("to +", "to ")
 

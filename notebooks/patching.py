@@ -1,9 +1,12 @@
 """Experiments with edits: prompts, edits from a file, which latents matter, what an edit does to a text."""
 
+import html
 import json
 import math
+import statistics
 from pathlib import Path
 
+import jinja2
 import torch
 import yaml  # papermill's own
 from torch import Tensor
@@ -59,6 +62,101 @@ def check_prompts(model, tokenizer, prompts: list[list[int]], max_new_tokens: in
             raise UserError(f"prompt {number} holds no text: give it at least one token.")
         if positions and len(ids) + max_new_tokens > positions:
             raise UserError(f"prompt {number} has {len(ids)} tokens, and {max_new_tokens} are to be written, but the model has {positions} positions: shorten it.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Words, where they stand, and latents that announce them
+# ---------------------------------------------------------------------------------------------
+
+
+def second_half(held_out: Tensor, owner) -> int:
+    """The window at which the second half of the held-out windows begins, as near to the middle as a document
+    ends (`owner` (windows,): its document); of one long document simply the middle. `held_out` (windows,), boolean.
+    UserError where there is a single window."""
+    windows, owner = held_out.nonzero().flatten(), torch.as_tensor(owner)
+    borders = (owner[windows][1:] != owner[windows][:-1]).nonzero().flatten() + 1  # where a new document begins
+    half = len(windows) // 2
+    half = int(borders[(borders - half).abs().argmin()]) if len(borders) else half
+    if half == 0:
+        raise UserError("the held-out text is a single window: there is nothing to choose and to try on.")
+    return int(windows[half])
+
+
+def followers(rows) -> tuple[Tensor, Tensor]:
+    """(next_token (N,), slot (N, 2)): the token that follows each row, -1 where its window ends, and the two
+    tokens that end at the row."""
+    flat = torch.tensor([t for window in rows.windows for t in [*window, -1]])
+    begins = torch.tensor([0, *[len(window) + 1 for window in rows.windows]]).cumsum(0)
+    place = begins[rows.window] + rows.position
+    return flat[place + 1], torch.stack([flat[place - 1], flat[place]], 1)
+
+
+def begins_word(text: str) -> bool:
+    """Whether a token's text begins a word: letters after a space."""
+    return text[:1] == " " and text[1:].isalpha()
+
+
+def token_of(tokenizer, word: str, seen: Tensor) -> int:
+    """The token of a word. UserError where it is not one token, or not among those `seen`."""
+    ids = min(sae_utils.encode_text(tokenizer, [word, word.strip()]), key=len)  # some tokenizers put the space themselves
+    if len(ids) != 1:
+        raise UserError(f"{word!r} is {len(ids)} tokens for this model, not one: {[tokenizer.decode([i]) for i in ids]}.")
+    if ids[0] == tokenizer.unk_token_id or not (seen == ids[0]).any():
+        raise UserError(f"{word!r} never comes up in the held-out text: choose a word that does.")
+    return ids[0]
+
+
+def rivals(word: int, next_token: Tensor, slot: Tensor, as_text, most: int = 10) -> list[int]:
+    """Words that stand where `word` stands most often, the most frequent first: of the slot (the two tokens before,
+    (n, 2)) after which `word` comes most, what else comes there; `next_token` (n,) as `followers` gives both."""
+    slots, counts = slot[next_token == word].unique(dim=0, return_counts=True)
+    others, counts = next_token[(slot == slots[counts.argmax()]).all(1)].unique(return_counts=True)
+    frequent = others[counts.argsort(descending=True, stable=True)].tolist()
+    return [t for t in frequent if t not in (word, -1) and begins_word(as_text(t))][:most]
+
+
+@torch.no_grad()
+def announce_f1(sae: sae_utils.SAE, activations: Tensor, index: Tensor, next_token: Tensor, words: list[int], chunk: int = 4096) -> Tensor:
+    """F1 (len(words), d_sae) of each latent, over the rows `index`, for 'this word comes next', at the best of three
+    thresholds: a tenth, a quarter and half of its maximum. `next_token` (N,) of every row.
+
+    Products of 0/1 matrices count how often a latent is on and the word follows; nothing larger than a chunk is held.
+    """
+    device = sae.W_enc.device
+    is_word, best = torch.tensor(words)[:, None], torch.zeros(len(words), sae.d_sae, device=device)
+    for share in (0.1, 0.25, 0.5):
+        both, fired, said = 0, 0, 0
+        for part in index.split(chunk):
+            on = (sae.encode(activations[part].to(device)) > share * sae.max_act).float()
+            follows = (next_token[part] == is_word).float().to(device)
+            both, fired, said = both + follows @ on, fired + on.sum(0), said + follows.sum(1, keepdim=True)
+        best = torch.maximum(best, 2 * both / (fired + said).clamp_min(1))
+    return best.cpu()
+
+
+def choose_target(sae: sae_utils.SAE, activations: Tensor, index: Tensor, next_token: Tensor, slot: Tensor, as_text, latents: list[int], most: int = 200) -> int:
+    """Of the `most` tokens that most often come next, the word that a latent (one of `latents`, if any) announces
+    best, among those that have at least three rivals, if there are such. Arguments as in `announce_f1`."""
+    follow, counts = next_token[index].unique(return_counts=True)
+    words = [t for t in follow[counts.argsort(descending=True, stable=True)[:most]].tolist() if t >= 0 and begins_word(as_text(t))]
+    if not words:
+        raise UserError("no frequent token of this text begins a word: name a target_word.")
+    scores = announce_f1(sae, activations, index, next_token, words)[:, latents or slice(None)].amax(1)
+    ranked = [words[i] for i in scores.argsort(descending=True, stable=True).tolist()]
+    return next((t for t in ranked if len(rivals(t, next_token[index], slot[index], as_text)) >= 3), ranked[0])
+
+
+def sure_places(model, rows, index: Tensor, next_token: Tensor, words: list[int], at_most: int) -> list[list[int]]:
+    """Prompts (token ids), each the text up to one of the rows `index`, one a document and no two alike, after
+    which one of `words` comes and the model gives it more than half of the probability."""
+    places = index[torch.isin(next_token[index], torch.tensor(words))][: 40 * at_most].tolist()
+    candidates = [rows.windows[rows.window[row]][: rows.position[row] + 1] for row in places]
+    says = editing.next_logprobs(model, candidates).exp().max(1) if candidates else None
+    found: dict[int, list[int]] = {}
+    for i, row in enumerate(places):
+        if says.indices[i] in words and says.values[i] > 0.5 and candidates[i] not in found.values():
+            found.setdefault(int(rows.window_document[rows.window[row]]), candidates[i])
+    return list(found.values())[:at_most]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -126,22 +224,27 @@ def read_edits(path: Path) -> list[dict]:
     return given["edits"]
 
 
-def patches(edits: list[dict], sae: sae_utils.SAE, tokenizer, instead: dict[int, int] | None = None) -> list[tuple]:
+def patches(edits: list[dict], sae: sae_utils.SAE, tokenizer, instead: dict | None = None) -> list[tuple]:
     """The edits, as `read_edits` gives them, as (patch, scope) pairs for `intervene`, in their order.
 
-    `instead` {latent: another}: the same edits on other latents, each of which is pushed as hard as the
-    one whose place it takes (its largest activation counts for theirs).
+    `instead` {latent: another, or several}: the same edits on other latents, each of which is pushed as hard
+    as the one whose place it takes (its largest activation counts for theirs).
     """
     instead, max_act, pairs = instead or {}, sae.max_act.clone(), []
     for latent, other in instead.items():
         max_act[other] = sae.max_act[latent]
     for edit in edits:
-        latents = [instead.get(latent, latent) for latent in edit["latents"]]
+        latents = latents_of({latent: instead.get(latent, latent) for latent in edit["latents"]})
         scope = edit.get("scope", "all")
         if isinstance(scope, dict):
             scope = token_scope(tokenizer, scope["tokens"])
         pairs.append((make_edit(latents, edit["operation"], max_act, **{name: edit[name] for name in ("strength", "unit", "low", "high") if name in edit}), scope))
     return pairs
+
+
+def lowers(edits: list[dict]) -> bool:
+    """Whether all of the edits take away, so that a word should become less probable."""
+    return all(edit["operation"] == "ablate" or edit["operation"] == "amplify" and edit.get("strength", 1.0) < 1 for edit in edits)
 
 
 def check_reached(positions: list[int], prompts: list[str], edits: list[dict]) -> None:
@@ -163,29 +266,106 @@ def dosed(pairs: list[tuple], amount: float) -> list[tuple]:
     return [(editing.dose(patch, amount), scope) for patch, scope in pairs]
 
 
-def matched(sae: sae_utils.SAE, edited: list[int], avoid: list[int], n: int, seed: int) -> list[dict[int, int]]:
-    """`n` random replacements {edited latent: live latent of a third to three times its density}, no two alike
-    (for a dead one any live latent); fewer where there are not so many."""
-    generator, found, pools = torch.Generator().manual_seed(seed), [], {}
+# ---------------------------------------------------------------------------------------------
+# Controls: the same edit on other latents
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def acts_where(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], texts: list[list[int]], scopes: list) -> list[Tensor]:
+    """For each of `scopes` the sum (d_sae) of acts over the positions that it reaches in the prompts and in the
+    `texts` written after them. An edit changes what comes after the hook, so that these are the acts it meets."""
+    sums = [torch.zeros(sae.d_sae, dtype=torch.float64) for _ in scopes]
+    read, done = [prompt + text[:-1] for prompt, text in zip(prompts, texts, strict=True)], 0  # the last token written is never read
+    with editing.intervene(model, hook_name, sae, tokenizer, keep_acts=True) as wrapper:
+        for batch in editing.batches(read, model):
+            ids, mask = sae_utils.pad(batch, device=model.device)
+            with editing.stating(model, prompts[done : done + len(batch)]):
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+                acts = wrapper.acts.reshape(*ids.shape, -1)
+                for i, scope in enumerate(scopes):
+                    sums[i] += acts[wrapper.tracker.where(scope)].cpu().double().sum(0)
+            done += len(batch)
+    return sums
+
+
+def needs_activity(edit: dict) -> bool:
+    """Whether an edit, as `read_edits` gives it, does nothing where its latent is silent: ablate, amplify, and what comes to that."""
+    options = {name: edit[name] for name in ("strength", "unit", "low", "high") if name in edit}
+    return not make_edit([0], edit["operation"], torch.ones(1), **options)(torch.zeros(1, 1)).any()
+
+
+def activity_at_edits(edits: list[dict], sums: list[Tensor]) -> dict[int, Tensor]:
+    """{latent: (d_sae,) how active every latent is at the places where that one is edited}, of the latents whose
+    edit does nothing where they are silent; `sums` as `acts_where` gives them, one for each edit."""
+    found: dict[int, Tensor] = {}
+    for edit, active in zip(edits, sums, strict=True):
+        for latent in edit["latents"] if needs_activity(edit) else ():
+            found.setdefault(latent, active)
+    return found
+
+
+def as_much(active: Tensor, size: float, free: list[int], generator: torch.Generator) -> list[int]:
+    """Random latents of `free` that are active together as much as `size` or down to a third of it (how much is drawn
+    too), by `active` (d_sae); all that fit where they come to less. Sorted."""
+    aim, total, chosen = size * 3 ** -torch.rand((), generator=generator).item(), 0.0, []
+    for place in torch.randperm(len(free), generator=generator).tolist():
+        if total < aim and total + active[free[place]].item() <= 3 * size:
+            total += active[free[place]].item()
+            chosen.append(free[place])
+    return sorted(chosen)
+
+
+def matched(sae: sae_utils.SAE, edited: list[int], avoid: list[int], n: int, seed: int, activity: dict[int, Tensor] | None = None) -> list[dict]:
+    """`n` random replacements {edited latent: another, or a list of others}, no two alike; fewer where there are not so many.
+
+    A latent is replaced by a live one of a third to three times its density, a dead one by any live one. But to take
+    away from a latent that is silent is no control: one in `activity` {latent: (d_sae,) summed activation at the
+    edited places}, if it is active there, is replaced by a latent of a third to three times its sum there; where
+    these are fewer than `n`, by several that together come to about as much (`as_much`).
+    """
+    generator, found, activity = torch.Generator().manual_seed(seed), [], activity or {}
+    taken = torch.zeros(sae.d_sae, dtype=torch.bool)
+    taken[[*edited, *avoid]] = True
+    pools, groups = {}, set()
     for latent in edited:
-        density = sae.density[latent]
-        alike = (sae.density >= density / 3) & (sae.density <= density * 3) if density > 0 else torch.ones_like(sae.density, dtype=torch.bool)
-        pool = ((sae.density > 0) & alike).nonzero().flatten().tolist()
-        pools[latent] = [i for i in pool if i not in edited and i not in avoid]
+        active = latent in activity and activity[latent][latent] > 0
+        by = activity[latent] if active else sae.density.cpu()
+        live = (by > 0) & ~taken
+        alike = live & (by >= by[latent] / 3) & (by <= by[latent] * 3) if by[latent] > 0 else live
+        if active and alike.sum() < n:
+            groups.add(latent)
+        pools[latent] = (live if latent in groups else alike).nonzero().flatten().tolist()
     if not all(pools.values()):
         return []
-    most = min(n, max(map(len, pools.values()))) if len(edited) == 1 else n
+    most = min(n, len(pools[edited[0]])) if len(edited) == 1 and not groups else n
     for _ in range(50 * n):
-        drawn: dict[int, int] = {}
+        drawn, used = {}, set()
         for latent, pool in pools.items():
-            free = [i for i in pool if i not in drawn.values()]
-            if free:
-                drawn[latent] = free[int(torch.randint(len(free), (), generator=generator))]
+            free = [i for i in pool if i not in used]
+            if latent in groups:
+                others = as_much(activity[latent], activity[latent][latent].item(), free, generator)
+            else:
+                others = [free[int(torch.randint(len(free), (), generator=generator))]] if free else []
+            if others:
+                drawn[latent] = others if latent in groups else others[0]
+                used |= set(others)
         if len(drawn) == len(edited) and drawn not in found:
             found.append(drawn)
         if len(found) == most:
             break
     return found
+
+
+def latents_of(control: dict) -> list[int]:
+    """All latents that stand in for the edited ones in a replacement of `matched`."""
+    return [i for others in control.values() for i in (others if isinstance(others, list) else [others])]
+
+
+def matched_by(edited: list[int], activity: dict[int, Tensor]) -> str:
+    """What `matched` went by: "activity", "density", or "both"."""
+    by = {"activity" if latent in activity and activity[latent][latent] > 0 else "density" for latent in edited}
+    return by.pop() if len(by) == 1 else "both"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,9 +438,68 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 
+def agreement(exact: Tensor, gradient: Tensor, least: float = 1e-3) -> float | None:
+    """Rank correlation of measured and estimated effects (n,), of those measured at `least` nats or more, below
+    which ranks are those of rounding. None where fewer than three are left, or all are alike."""
+    matter = exact.abs() >= least
+    value = rank_correlation(exact[matter], gradient[matter]) if matter.sum() > 2 else math.nan
+    return None if math.isnan(value) else value
+
+
+def attribute(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompt: list[int], token: int, most: int, n_random: int = 50, seed: int = 0) -> dict:
+    """Which of the latents active on a prompt the log-probability of `token` hangs on.
+
+    `latents`, the at most `most` that the gradient puts first, with their `exact` and `gradient` effects and the
+    `agreement` of the two. The choice is the gradient's own, so that it alone could flatter the agreement; hence
+    `others`, at most `n_random` drawn from the active latents that were not chosen, with `others_exact`,
+    `others_gradient` and `others_agreement` (None where nothing is left to draw from). `active`: how many there are.
+    """
+    active = (text_acts(model, tokenizer, hook_name, sae, prompt) > 0).any(0).nonzero().flatten().cpu()
+    slope = gradient_effects(model, tokenizer, hook_name, sae, prompt, token)
+    ranked = active[slope[active].abs().argsort(descending=True, stable=True)]
+    left = ranked[most:]
+    left = left[torch.randperm(len(left), generator=torch.Generator().manual_seed(seed))[:n_random]]
+    found = {"says": token, "active": len(active)}
+    for name, latents in (("", ranked[:most]), ("others_", left)):
+        exact = ablation_effects(model, tokenizer, hook_name, sae, prompt, token, latents.tolist())
+        found |= {name + "exact": exact, name + "gradient": slope[latents], name + "agreement": agreement(exact, slope[latents])}
+    return found | {"latents": ranked[:most], "others": left}
+
+
+def agreements(attribution: list[dict]) -> dict:
+    """Over prompts, of what `attribute` found, under the names of patching.json: mean rank correlations among the
+    chosen and among the others (None where no prompt has one), prompts on which both put the same latent first, how
+    many others were measured, and the largest effect among the chosen and the others (nats, absolute)."""
+
+    def mean(name: str) -> float | None:
+        values = [found[name] for found in attribution if found[name] is not None]
+        return sum(values) / len(values) if values else None
+
+    largest = lambda name: max((found[name].abs().max().item() for found in attribution if len(found[name])), default=0.0)
+    return {
+        "gradient_agreement": mean("agreement"), "gradient_agreement_others": mean("others_agreement"),
+        "gradient_agrees_on_first": sum(int(found["exact"].argmin()) == int(found["gradient"].argmin()) for found in attribution if len(found["exact"])),
+        "gradient_others": sum(len(found["others"]) for found in attribution), "gradient_largest": largest("exact"), "gradient_others_largest": largest("others_exact"),
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------
 # What an edit does to a text
 # ---------------------------------------------------------------------------------------------
+
+
+def log_odds(logprobs: Tensor, token: int) -> Tensor:
+    """ln(p / (1 - p)) of a token, (prompts,), from log-probabilities (prompts, d_vocab); in float64, since a sure
+    model leaves 1 - p only a few digits."""
+    logp = logprobs[:, token].double()
+    return logp - torch.log1p(-logp.exp().clamp_max(1 - 1e-12))
+
+
+def hit(original: tuple, arm: tuple, token: int, lowers: bool = False) -> Tensor:
+    """Which prompts an arm hits, (prompts,) boolean: the token's probability is at least ten times that of `original`
+    (with `lowers` a tenth) and the text that follows is another one. Arms are (log-probabilities (prompts, d_vocab), texts)."""
+    rise = (arm[0][:, token] - original[0][:, token]).double()
+    return ((-rise if lowers else rise) >= math.log(10) - 1e-6) & torch.tensor([a != b for a, b in zip(original[1], arm[1], strict=True)])
 
 
 @torch.inference_mode()
@@ -284,3 +523,144 @@ def surprise(model, prompts: list[list[int]], continuations: list[list[int]]) ->
         total -= logprobs.gather(1, torch.tensor(more, dtype=torch.long)[:, None]).double().sum().item()
         count += len(more)
     return total / max(1, count)
+
+
+def along(clean: list[Tensor], patched: list[Tensor], texts: list[list[int]]) -> tuple[list[list[float]], list[list[float]]]:
+    """(kl, change), a list for each text with a number for each of its tokens: KL(clean ‖ patched) of what comes
+    there, and the change of the log-probability of the token that stands there. Both arms as `logprobs_of` gives them."""
+    kl = [(a.exp() * (a - b)).sum(1).tolist() for a, b in zip(clean, patched, strict=True)]
+    change = [(b - a).gather(1, torch.tensor(ids, dtype=torch.long)[:, None])[:, 0].tolist() for a, b, ids in zip(clean, patched, texts, strict=True)]
+    return kl, change
+
+
+# ---------------------------------------------------------------------------------------------
+# Does it stand out?
+# ---------------------------------------------------------------------------------------------
+
+
+def verdict(edit: float, controls: list[float], lowers: bool = False) -> dict:
+    """Whether an edit's mean change of log-odds stands out from that of its controls: {p, as_good, stands_out, says}.
+
+    p = (controls that moved it as far + 1) / (controls + 1), the permutation test with the edit counted as one of
+    the arms (Phipson and Smyth 2010), one-sided: up, with `lowers` down. It stands out at p of 0.05 or less. By
+    the change of log-odds and not by the number of hits, which ties where many hit all prompts or none.
+    """
+    n, as_good = len(controls), sum(c <= edit if lowers else c >= edit for c in controls)
+    p = (as_good + 1) / (n + 1)
+    says = f"It {'stands out' if p <= 0.05 else 'does not stand out'} from its controls (p = {p:.3f}: {as_good or 'none'} of {n} moved the log-odds as far)."
+    if n < 19:
+        says += f" With {n} control{'s' if n != 1 else ''} no p below {1 / (n + 1):.3f} can be had; it takes 19 for 0.05."
+    return {"p": p, "as_good": as_good, "stands_out": p <= 0.05, "says": says}
+
+
+def interval(values: Tensor, seed: int, n: int = 1000) -> list[float]:
+    """[low, high]: 95 % of the means of `values` (prompts,) when as many prompts are drawn again (bootstrap)."""
+    drawn = torch.randint(len(values), (n, len(values)), generator=torch.Generator().manual_seed(seed))
+    return values.double()[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def compared(shift: Tensor, control_shift: list[Tensor], hits: Tensor, control_hits: list[int], lowers: bool, seed: int) -> dict:
+    """The edit beside its controls, under the names of patching.json. `shift` (prompts,) and those of the controls are
+    changes of log-odds; the edit's interval is `interval`'s, the controls' holds 90 % of their means."""
+    means = torch.stack([s.double().mean() for s in control_shift])
+    judged = verdict(shift.double().mean().item(), means.tolist(), lowers)
+    return {
+        "prompts": len(shift), "prompts_hit": int(hits.sum()), "control_hits": control_hits, "control_hits_median": statistics.median(control_hits),
+        "log_odds_change": shift.double().mean().item(), "log_odds_interval": interval(shift, seed), "control_log_odds_change": means.tolist(),
+        "control_mean": means.mean().item(), "control_interval": means.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist(),
+        "p": judged["p"], "controls_as_good": judged["as_good"], "stands_out": judged["stands_out"], "verdict": judged["says"],
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# What a person reads
+# ---------------------------------------------------------------------------------------------
+
+
+def pieces(as_text, ids: list[int], reference: list[int]) -> list[dict]:
+    """A continuation's tokens as {"text", "differs"}: `differs` at the first one that is not the reference's."""
+    shorter = min(len(ids), len(reference))
+    first = next((i for i in range(shorter) if ids[i] != reference[i]), shorter)
+    return [{"text": as_text(t), "differs": i == first} for i, t in enumerate(ids)]
+
+
+def biggest_moves(as_text, before: Tensor, after: Tensor, n: int = 4) -> list[dict]:
+    """{"token", "change"} of the `n` tokens whose log-probability rises and falls most between `before` and `after`
+    (d_vocab), among those with at least one chance in a thousand in either."""
+    move = torch.where((before.exp() > 1e-3) | (after.exp() > 1e-3), after - before, 0.0)
+    n = min(n, len(move))
+    rises, falls = move.topk(n).indices.tolist(), move.topk(n, largest=False).indices.tolist()
+    return [{"token": as_text(t), "change": move[t].item()} for t in [t for t in rises if move[t] > 0] + [t for t in falls if move[t] < 0]]
+
+
+def side_by_side(
+    as_text, prompts: list[list[int]], original: tuple, reconstruction: tuple, patched: tuple, kl: list, change: list, target: int, positions: list[int]
+) -> list[dict]:
+    """For each prompt what the page shows: the three texts, the original's tokens with KL and change (`along`) and a
+    `shade` relative to the largest KL of all, probabilities of the target, tokens that moved most. Arms as in `hit`."""
+    most = max([value for values in kl for value in values] + [1e-9])
+    shift = log_odds(patched[0], target) - log_odds(original[0], target)
+    return [
+        {
+            "prompt": as_text(prompt), "positions": positions[i],
+            "original": [p | {"kl": k, "change": c, "shade": k / most} for p, k, c in zip(pieces(as_text, original[1][i], original[1][i]), kl[i], change[i], strict=True)],
+            "reconstruction": pieces(as_text, reconstruction[1][i], original[1][i]), "patched": pieces(as_text, patched[1][i], original[1][i]),
+            "p_before": original[0][i, target].exp().item(), "p_after": patched[0][i, target].exp().item(), "log_odds_change": shift[i].item(),
+            "moves": biggest_moves(as_text, original[0][i], patched[0][i]),
+        }
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+
+
+def shaded(as_text, prompts: list[list[int]], texts: list[list[int]], values: list[list[float]], colour: str, most: int = 5) -> str:
+    """HTML of the first `most` prompts' ends and texts, their tokens shaded by non-negative `values`, all by one scale."""
+    top = max([v for line in values for v in line], default=0.0)
+    end = lambda prompt: f"…{html.escape(as_text(prompt[-8:]))} <b>|</b> "
+    lines = zip(prompts[:most], texts[:most], values[:most], strict=True)
+    return "<br>".join(end(prompt) + sae_utils.shade([as_text(t) for t in ids], line, color=colour, top=top) for prompt, ids, line in lines)
+
+
+def findings(result: dict) -> list[str]:
+    """The sentences that sum an experiment up, from what patching.json holds."""
+    names, said, n = result["names"], result["target"].strip(), result["prompts"]
+    named = ", ".join(f"{i} ({names[i]})" if i in names else str(i) for i in result["edited"])
+    what = f"The edits of {result['edits_file']}" if result["edits_file"] else f"{result['operation'].capitalize()} of latent {named} at scope {result['scope']}"
+    (low, high), (control_low, control_high) = result["log_odds_interval"], result["control_interval"]
+    alike = {"density": "of like density, pushed as hard", "activity": "active at the edited places about as much", "both": "of like density where one is set, active there about as much where one is taken away"}
+    first = (
+        f"{what}: the probability of {said!r} {'fell' if result['lowers'] else 'rose'} at least 10 times, and the text changed, on {result['prompts_hit']} of {n} prompts "
+        f"({len(result['controls'])} controls, random latents {alike[result['controls_matched_by']]}: {result['control_hits_median']:g} in the median); "
+        f"edited at {spread(result['positions_edited'])} of each text; log-odds {result['log_odds_change']:+.1f} on average (95 % over prompts: {low:+.1f} to {high:+.1f}; "
+        f"controls: {result['control_mean']:+.1f}, 90 % of them {control_low:+.1f} to {control_high:+.1f}); it is now the first choice on {result['target_is_first_choice']}. {result['verdict']}"
+    )
+    second = (
+        f"The SAE by itself: with the reconstruction in place the cross-entropy is {result['ce_reconstruction']:.3f} against {result['ce_original']:.3f} nats, and the model's "
+        f"first choice stays on {result['reconstruction_first_choice_stays']} of {n} prompts; the edit keeps the SAE's error: {'yes' if result['keep_error'] else 'no'}."
+    )
+    ranked = lambda value: "too few effects to rank" if value is None else f"{value:.2f}"
+    others = "no active latent was left unmeasured"
+    if result["gradient_others"]:
+        others = f"among {result['gradient_others']} random active latents that the gradient did not choose, {ranked(result['gradient_agreement_others'])}"
+        others += f" (their largest effect {result['gradient_others_largest']:.3f} nats)"
+    third = (
+        f"Which latents the model's next word hangs on: rank correlation of the gradient's estimates with ablations, {ranked(result['gradient_agreement'])}; the same latent "
+        f"first on {result['gradient_agrees_on_first']} of {n} prompts; {others}; "
+        f"the latent that announces the word comes first on {sum(p == 1 for p in result['announcing_latent_is_number'])} of {len(result['announcing_latent_is_number'])}."
+    )
+    dose = {row["dose"]: row["surprise"] for row in result["doses"]}
+    fourth = f"At dose 1 the patched text surprises the unpatched model by {dose[1.0]:.2f} nats per token, its own by {dose[0.0]:.2f}; at dose {max(dose):g} by {dose[max(dose)]:.2f}."
+    fifth = []
+    if result["ablation_log_odds_change"]:
+        change, (own, *rest) = statistics.mean(result["ablation_log_odds_change"]), result["ablation_removed"]
+        sizes = f"{own:.2f} in sum is taken away, by controls {min(rest):.2f} to {max(rest):.2f}" if rest else "nothing else is active there"
+        fifth = [f"Ablating {named} where {said!r} is due changes its log-odds by {change:+.2f} on average (activation: {sizes}). {result['ablation_verdict']}"]
+    return [first, second, third, fourth, *fifth]
+
+
+def write_page(path: Path, title: str, result: dict) -> str:
+    """Writes the page of an experiment, patching.html; returns its middle, for the notebook to show."""
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
+    page = templates.get_template("patching.html").render(title=title, **result)
+    with sae_utils.atomic(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return "<style>.patch-differs {background: #ffd9a8; color: black; outline: 1px solid}</style>" + page[page.index("<main>") : page.index("</main>")]

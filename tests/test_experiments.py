@@ -1,4 +1,8 @@
-"""Attribution against one ablation at a time and against autograd's limit, texts given, edits from files."""
+"""Attribution against one ablation at a time and against autograd's limit, texts given, edits from files, controls
+and what is said of them against values worked out by hand."""
+
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,3 +182,336 @@ def test_chats_are_the_users_turn_with_one_bos():
     tokenizer = word_tokenizer()
     tokenizer.chat_template = "<bos>{% for m in messages %} there {{ m.content }} .{% endfor %}{% if add_generation_prompt %} here{% endif %}"
     assert tokenizer.decode(patching.encode_prompts(tokenizer, ["the cat"], chat=True)[0]) == "<bos> there the cat . here"
+
+
+# What follows, and what announces it
+
+
+class Spaced:
+    """As TokenText of a tokenizer whose token 2 i is " a", " b", …, and 2 i + 1 the same letter inside a word."""
+
+    def __call__(self, tokens):
+        if not isinstance(tokens, int):
+            return "".join(map(self, tokens))
+        return (" " if tokens % 2 == 0 else "") + chr(97 + tokens // 2)
+
+
+def fake_rows(windows, owners=None):
+    """Rows of all tokens but the first of each window."""
+    window, position = zip(*[(w, p) for w, ids in enumerate(windows) for p in range(1, len(ids))], strict=True)
+    return SimpleNamespace(windows=windows, window=torch.tensor(window), position=torch.tensor(position), window_document=owners if owners is not None else list(range(len(windows))))
+
+
+def test_what_follows_each_row():
+    windows = [torch.randint(0, 9, (n,)).tolist() for n in (5, 2, 8, 3)]
+    rows = fake_rows(windows)
+    next_token, slot = patching.followers(rows)
+    for i, (w, p) in enumerate(zip(rows.window.tolist(), rows.position.tolist(), strict=True)):
+        assert next_token[i] == (windows[w][p + 1] if p + 1 < len(windows[w]) else -1) and slot[i].tolist() == windows[w][p - 1 : p + 1]
+
+
+@pytest.mark.parametrize(("owners", "held_out", "expected"), [
+    ([0, 0, 1, 1, 1, 2, 2, 3], [1] * 8, 5), ([0, 0, 1, 1, 1, 2, 2, 3], [0, 0, 1, 1, 1, 1, 0, 0], 5), ([0] * 6, [0, 1, 1, 1, 1, 1], 3), ([0, 1], [1, 1], 1),
+])  # fmt: skip
+def test_the_halves_part_between_documents(owners, held_out, expected):
+    assert patching.second_half(torch.tensor(held_out).bool(), owners) == expected
+    with pytest.raises(u.UserError, match="a single window"):
+        patching.second_half(torch.tensor([False, True]), [0, 1])
+
+
+def test_rivals_are_the_words_that_stand_there():
+    # after (1, 2) comes 4 three times, 6 twice, 8 once, 5 (no word) often; after (1, 3) comes 4 once, 10 often
+    slot = torch.tensor([[1, 2]] * 10 + [[1, 3]] * 9)
+    next_token = torch.tensor([4, 4, 4, 6, 6, 8, 5, 5, 5, -1] + [4] + [10] * 8)
+    order = torch.randperm(19)
+    assert patching.rivals(4, next_token[order], slot[order], Spaced()) == [6, 8]
+    assert patching.rivals(4, next_token[order], slot[order], Spaced(), most=1) == [6]
+    assert [patching.begins_word(text) for text in (" a", "a", " ", " 1", "", "  a")] == [True, False, False, False, False, False]
+
+
+def test_how_well_latents_announce_words_by_brute_force(sae):
+    x, next_token = torch.randn(400, 16) + sae.mean, torch.randint(0, 5, (400,))
+    sae.max_act.copy_(sae.encode(x).amax(0))
+    index, words = torch.randperm(400)[:300], [3, 0, 77]
+    got = patching.announce_f1(sae, x, index, next_token, words, chunk=70)
+    acts = sae.encode(x[index]).double()
+    for w, word in enumerate(words):
+        says = next_token[index] == word
+        for latent in range(0, 48, 5):
+            best = 0.0
+            for share in (0.1, 0.25, 0.5):
+                on = acts[:, latent] > share * sae.max_act[latent].double()
+                both = int((on & says).sum())
+                best = max(best, 2 * both / max(1, int(on.sum()) + int(says.sum())))
+            assert got[w, latent].item() == pytest.approx(best, abs=2e-3)  # one row may lie on a threshold
+    assert got[:2].max() > 0.1 and not got[2].any()
+    for latent, share in ((4, 0.1), (11, 0.25), (30, 0.5)):  # each threshold is the right one for some latent
+        column = sae.encode(x)[:, latent]
+        follows = torch.where(column > share * sae.max_act[latent], 9, 0)
+        assert patching.announce_f1(sae, x, torch.arange(400), follows, [9])[0, latent] > 0.995
+
+
+def test_the_data_choose_the_word_that_is_announced_best(monkeypatch):
+    scores = {4: [0.2, 0.9], 6: [0.7, 0.1], 8: [0.5, 0.4], 10: [0.1, 0.3]}
+    monkeypatch.setattr(patching, "announce_f1", lambda sae, x, index, next_token, words: torch.tensor([scores[w] for w in words]))
+    monkeypatch.setattr(patching, "rivals", lambda word, *rest: [1] * {4: 2, 6: 3, 8: 9, 10: 3}[word])
+    next_token = torch.tensor([4, 6, 8, 8, 10, 5, 5, -1])
+    choose = lambda latents, most=200: patching.choose_target(None, None, torch.arange(8), next_token, torch.zeros(8, 2), Spaced(), latents, most)
+    assert choose([]) == 6 and choose([1]) == 8  # 4 is announced better and has too few rivals
+    assert choose([], most=2) == 8  # only 5, which is no word, and 8 are that frequent
+    monkeypatch.setattr(patching, "rivals", lambda word, *rest: [])
+    assert choose([]) == 4
+    with pytest.raises(u.UserError, match="no frequent token"):
+        patching.choose_target(None, None, torch.arange(1), torch.tensor([5]), torch.zeros(1, 2), Spaced(), [])
+
+
+def test_a_word_is_one_token_that_comes_up(tokenizer):
+    cat = tokenizer.convert_tokens_to_ids("cat")
+    assert patching.token_of(tokenizer, "cat", torch.tensor([1, cat])) == patching.token_of(tokenizer, " cat", torch.tensor([cat])) == cat
+    for word, message in (("cat dog", "is 2 tokens"), ("zebra", "never comes up"), ("dog", "never comes up")):
+        with pytest.raises(u.UserError, match=message):
+            patching.token_of(tokenizer, word, torch.tensor([1, cat]))
+
+
+def test_places_where_the_model_is_sure(monkeypatch):
+    windows = [[3, 5, 7, 8], [3, 5, 7, 9], [3, 5, 7, 8], [3, 6, 9, 8], [3, 9, 9], [3, 6, 4, 8, 8]]
+    rows = fake_rows(windows, [0, 1, 2, 3, 4, 3])
+    next_token, _ = patching.followers(rows)
+    says = {(3, 5, 7): (8, 0.9), (3, 6): (9, 0.3), (3, 6, 9): (8, 0.4), (3, 9): (9, 0.9), (3, 6, 4): (8, 0.6), (3, 6, 4, 8): (8, 0.9)}
+
+    def fake(model, prompts):
+        p = torch.full((len(prompts), 12), 0.01)
+        for i, prompt in enumerate(prompts):
+            token, value = says[tuple(prompt)]
+            p[i, token] = value
+        return p.log()
+
+    monkeypatch.setattr(editing, "next_logprobs", fake)
+    find = lambda words, most=9: patching.sure_places(None, rows, torch.arange(len(rows.window)), next_token, words, most)
+    assert find([8]) == [[3, 5, 7], [3, 6, 4]]  # once each text, once a document, never below one half
+    assert find([8, 9]) == [[3, 5, 7], [3, 9], [3, 6, 4]] and find([8, 9], 1) == [[3, 5, 7]] and find([2]) == []
+
+
+# Controls
+
+
+def test_activity_is_summed_over_the_places_that_are_edited(case):
+    model, hook, tokenizer, sae, prompt, _ = case
+    prompts, texts = [prompt, prompt[:5]], [[7, 8, 9], [6]]
+    got = patching.acts_where(model, tokenizer, hook, sae, prompts, texts, ["last", "all", "generated", [2]])
+    acts = [sae.encode(u.run_to_hook(model, hook, torch.tensor([p + t[:-1]]), None)[0]).double() for p, t in zip(prompts, texts, strict=True)]
+    expected = [acts[0][9] + acts[1][4], acts[0][1:].sum(0) + acts[1][1:].sum(0), acts[0][10:].sum(0), acts[0][2] + acts[1][2]]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_which_edits_do_nothing_to_a_silent_latent():
+    for edit, expected in (
+        ({"operation": "ablate"}, True), ({"operation": "amplify", "strength": 3.0}, True), ({"operation": "set_value", "strength": 2.0}, False),
+        ({"operation": "set_value", "strength": 0.0}, True), ({"operation": "add", "strength": 0.5}, False), ({"operation": "clamp", "low": 0.0, "high": 0.2}, True),
+        ({"operation": "clamp", "low": 0.1, "high": 0.2, "unit": "acts"}, False),
+    ):  # fmt: skip
+        assert patching.needs_activity({"latents": [40], "scope": "last", **edit}) == expected, edit
+    ablate, add, amplify = ({"latents": [1, 2], "operation": "ablate"}, {"latents": [3], "operation": "add"}, {"latents": [2, 4], "operation": "amplify", "strength": 0.5})
+    found = patching.activity_at_edits([ablate, add, amplify], [10, 20, 30])
+    assert found == {1: 10, 2: 10, 4: 30}
+    assert patching.lowers([ablate, amplify]) and not patching.lowers([ablate, add]) and not patching.lowers([{**amplify, "strength": 2.0}])
+
+
+def test_what_is_taken_away_is_compared_with_as_much_of_what_is_there(sae, fresh_seed):
+    sae.density = torch.rand(48)
+    active = torch.zeros(48, dtype=torch.float64)
+    active[:30] = torch.rand(30) * 2 + 0.9  # all within a factor of three of each other
+    found = patching.matched(sae, [5, 6], [7], 12, fresh_seed, {5: active, 6: active})
+    assert len(found) == 12 and len({str(control) for control in found}) == 12
+    for control in found:
+        others = patching.latents_of(control)
+        assert set(control) == {5, 6} and len(set(others)) == 2 and not set(others) & {5, 6, 7} and max(others) < 30
+        assert all(active[i] / 3 <= active[other] <= active[i] * 3 for i, other in control.items())
+    assert patching.matched_by([5, 6], {5: active, 6: active}) == "activity" and patching.matched_by([5, 40], {5: active, 40: active}) == "both" and patching.matched_by([5], {}) == "density"
+    # nothing else is as active: several together
+    active[5] = 20.0
+    groups = patching.matched(sae, [5], [7], 12, fresh_seed, {5: active})
+    assert len(groups) == 12 and len({str(group) for group in groups}) == 12
+    for group in groups:
+        others = patching.latents_of(group)
+        assert len(others) > 2 and len(set(others)) == len(others) and not {5, 7} & set(others) and active[others].min() > 0
+        assert 20 / 3 <= active[others].sum() <= 60
+    active[:] = 0
+    active[[5, 8, 9]] = torch.tensor([20.0, 0.5, 90.0], dtype=torch.float64)  # one is far too much
+    assert patching.matched(sae, [5], [7], 12, fresh_seed, {5: active}) == [{5: [8]}]
+    # silent where it is edited: by density, as where it is set
+    assert patching.matched(sae, [6], [7], 5, fresh_seed, {6: active}) == patching.matched(sae, [6], [7], 5, fresh_seed)
+
+
+def test_a_control_that_takes_away_does_something(model, tokenizer, sae, fresh_seed):
+    """The reason for all this: among latents of like density most are silent at a given place."""
+    with torch.no_grad():
+        sae.b_enc.sub_(0.2)
+    sae.density = torch.full((48,), 0.1)
+    prompts = [[3, *torch.randint(4, 24, (6,)).tolist()] for _ in range(3)]
+    (active,) = patching.acts_where(model, tokenizer, HOOK, sae, prompts, [[]] * 3, ["last"])
+    edited = [int(active.argmax())]
+    before = editing.next_logprobs(model, prompts)
+
+    def moved(controls):
+        found = []
+        for control in controls:
+            with editing.intervene(model, HOOK, sae, tokenizer, editing.ablate(patching.latents_of(control)), scope="last"):
+                found.append((editing.next_logprobs(model, prompts) - before).abs().max().item())
+        return found
+
+    assert (active > 0).sum() < 40
+    assert min(moved(patching.matched(sae, edited, [], 8, fresh_seed, {edited[0]: active}))) > 1e-4
+    assert 0.0 in moved(patching.matched(sae, edited, [], 47, fresh_seed))
+
+
+def test_several_latents_stand_in_for_one(sae, tokenizer):
+    sae.max_act.uniform_(1, 2)
+    edits = [{"latents": [3, 5], "operation": "amplify", "strength": 0.5}, {"latents": [5], "operation": "set_value", "strength": 2.0}]
+    pairs = patching.patches(edits, sae, tokenizer, {5: [40, 41], 3: 9})
+    assert [patch.ids for patch, _ in pairs] == [[9, 40, 41], [40, 41]]
+    acts = torch.rand(2, 48) + 0.5
+    torch.testing.assert_close(pairs[1][0](acts)[:, [40, 41]], (2 * sae.max_act[[5, 5]]).expand(2, 2))
+    assert patching.latents_of({5: [40, 41], 3: 9}) == [40, 41, 9]
+
+
+# What the model's word hangs on
+
+
+def test_the_gradients_choice_is_judged_on_others_too(case, fresh_seed):
+    model, hook, tokenizer, sae, prompt, token = case
+    found = patching.attribute(model, tokenizer, hook, sae, prompt, token, 10, 7, fresh_seed)
+    slope = patching.gradient_effects(model, tokenizer, hook, sae, prompt, token)
+    active = (patching.text_acts(model, tokenizer, hook, sae, prompt) > 0).any(0).nonzero().flatten().tolist()
+    chosen, others = found["latents"].tolist(), found["others"].tolist()
+    assert chosen == sorted(active, key=lambda i: -abs(slope[i]))[:10] and found["active"] == len(active)
+    assert len(others) == len(set(others)) == 7 and set(others) <= set(active) - set(chosen)
+    for name, latents in (("", chosen), ("others_", others)):
+        exact = patching.ablation_effects(model, tokenizer, hook, sae, prompt, token, latents)
+        torch.testing.assert_close(found[name + "exact"], exact)
+        torch.testing.assert_close(found[name + "gradient"], slope[latents])
+        assert found[name + "agreement"] == patching.agreement(exact, slope[latents])
+    assert any(patching.attribute(model, tokenizer, hook, sae, prompt, token, 10, 7, fresh_seed + i)["others"].tolist() != others for i in (1, 2, 3))
+    everything = patching.attribute(model, tokenizer, hook, sae, prompt, token, 99, 7, fresh_seed)
+    assert len(everything["latents"]) == len(active) and len(everything["others"]) == 0 and everything["others_agreement"] is None
+
+
+def test_agreements_by_hand():
+    exact, slope = torch.tensor([-3.0, -2.0, 1.0, 1e-5, -2e-5]), torch.tensor([-1.0, -2.0, 5.0, 9.0, 8.0])
+    assert patching.agreement(exact, slope) == pytest.approx(0.5)  # of the first three: ranks 1, 2, 3 and 2, 1, 3
+    assert patching.agreement(exact[1:], slope[1:]) is None and patching.agreement(exact[:3], torch.ones(3)) is None
+    empty = torch.zeros(0)
+    prompts = [
+        {"exact": exact, "gradient": slope, "agreement": 0.5, "others": torch.tensor([1, 2]), "others_exact": torch.tensor([0.25, -0.5]), "others_agreement": None},
+        {"exact": exact, "gradient": exact, "agreement": 1.0, "others": empty, "others_exact": empty, "others_agreement": None},
+        {"exact": empty, "gradient": empty, "agreement": None, "others": empty, "others_exact": empty, "others_agreement": 0.25},
+    ]
+    assert patching.agreements(prompts) == {
+        "gradient_agreement": 0.75, "gradient_agreement_others": 0.25, "gradient_agrees_on_first": 1, "gradient_others": 2,
+        "gradient_largest": 3.0, "gradient_others_largest": 0.5,
+    }  # fmt: skip
+    assert patching.agreements([])["gradient_agreement"] is None
+
+
+# What is said of an edit
+
+
+def test_log_odds_and_hits_by_hand():
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.999999, 5e-7, 5e-7], [1e-6, 0.5, 0.499999]], dtype=torch.float64)
+    assert patching.log_odds(p.log(), 0).tolist() == pytest.approx([0.0, math.log(0.999999 / 1e-6), math.log(1e-6 / 0.999999)], rel=1e-6)
+    assert patching.log_odds(torch.zeros(1, 2), 0).isfinite().all()  # the model is wholly sure
+    before, texts = torch.tensor([0.01, 0.01, 0.01, 0.5]), [[1], [2], [3], [4]]
+    arm = lambda p: torch.stack([p, 1 - p], 1).log()
+    after = (arm(torch.tensor([0.2, 0.099, 0.2, 0.04])), [[9], [9], [3], [9]])
+    assert patching.hit((arm(before), texts), after, 0).tolist() == [True, False, False, False]  # the second rises too little, the third's text stays
+    assert patching.hit((arm(before), texts), after, 0, lowers=True).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("edit", "controls", "lowers", "p", "stands_out", "says"), [
+    (5.0, [1.0] * 19, False, 0.05, True, "none of 19"), (5.0, [1.0] * 19 + [5.0], False, 2 / 21, False, "1 of 20"), (5.0, [1.0] * 20, False, 1 / 21, True, "none of 20"),
+    (5.0, [1.0], False, 0.5, False, "With 1 control no p below 0.500 can be had"), (-5.0, [1.0] * 20, True, 1 / 21, True, "none of 20"), (-5.0, [1.0] * 20, False, 1.0, False, "20 of 20"),
+    (-5.0, [-6.0, -4.0] * 10, True, 11 / 21, False, "10 of 20"), (5.0, [], False, 1.0, False, "no p below 1.000"), (5.0, [1.0] * 18, False, 1 / 19, False, "no p below 0.053"),
+])  # fmt: skip
+def test_an_edit_stands_out_or_it_does_not(edit, controls, lowers, p, stands_out, says):
+    judged = patching.verdict(edit, controls, lowers)
+    assert judged["p"] == pytest.approx(p) and judged["stands_out"] == stands_out and says in judged["says"]
+    assert ("It stands out" in judged["says"]) == stands_out and ("does not stand out" in judged["says"]) != stands_out
+    assert ("can be had" in judged["says"]) == (len(controls) < 19)
+
+
+def test_an_edit_that_is_one_of_its_controls_rarely_stands_out(fresh_seed):
+    arms = torch.randn(2000, 21)
+    share = sum(patching.verdict(a[0].item(), a[1:].tolist())["stands_out"] for a in arms) / 2000
+    assert share == pytest.approx(1 / 21, abs=5 * math.sqrt(1 / 21 * 20 / 21 / 2000))
+
+
+def test_the_edit_beside_its_controls(fresh_seed):
+    shift, controls = torch.randn(40) * 2 + 5, [torch.randn(40) for _ in range(19)]
+    found = patching.compared(shift, controls, torch.arange(40) < 30, [*range(18), 40], False, fresh_seed)
+    means = torch.tensor([c.double().mean() for c in controls], dtype=torch.float64)
+    assert found["log_odds_change"] == pytest.approx(shift.double().mean().item()) and found["control_mean"] == pytest.approx(means.mean().item())
+    assert found["control_interval"] == pytest.approx(means.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist())
+    assert found["control_hits_median"] == 9 and found["prompts_hit"] == 30 and found["prompts"] == 40
+    assert found["p"] == 0.05 and found["controls_as_good"] == 0 and found["stands_out"]  # though one control hits more prompts
+    half = 1.96 * shift.std(correction=0).item() / math.sqrt(40)
+    low, high = found["log_odds_interval"]
+    assert high - low == pytest.approx(2 * half, rel=0.15) and (low + high) / 2 == pytest.approx(shift.mean().item(), abs=0.3 * half)
+
+
+def test_pieces_and_moves_by_hand():
+    differs = lambda ids, reference: [piece["differs"] for piece in patching.pieces(Spaced(), ids, reference)]
+    assert differs([2, 4, 6], [2, 5, 7]) == [False, True, False] and differs([2, 4], [2, 4]) == [False, False]
+    assert differs([2, 4, 6], [2]) == [False, True, False] and differs([2], [2, 4]) == [False] and differs([], [2]) == []
+    before, after = torch.tensor([0.5, 0.3, 0.1, 1e-9, 0.1]).log(), torch.tensor([0.2, 0.6, 0.1, 1e-4, 0.1]).log()
+    moves = patching.biggest_moves(Spaced(), before, after, 2)
+    assert [m["token"] for m in moves] == ["a", " a"] and [m["change"] for m in moves] == pytest.approx([math.log(2), math.log(0.4)])  # not the one from 1e-9
+    kl, change = patching.along([before[None]], [after[None]], [[1]])
+    p, q = before.double().exp(), after.double().exp()
+    assert kl[0] == pytest.approx([(p * (p / q).log()).sum().item()], abs=1e-5) and change[0] == pytest.approx([math.log(2)], abs=1e-5)
+
+
+@pytest.fixture
+def result():
+    """What an experiment on two prompts found, as the notebook puts it together."""
+    p = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.4, 0.2, 0.2, 0.2]])
+    q = torch.tensor([[0.1, 0.7, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1]])
+    original, patched = (p.log(), [[2, 4], [2]]), (q.log(), [[2, 6], [2]])
+    kl, change = [[0.5, 2.0], [1.0]], [[-0.1, 0.2], [-0.3]]
+    rows = patching.side_by_side(Spaced(), [[0, 2], [0, 4]], original, original, patched, kl, change, 1, [1, 3])
+    shift = patching.log_odds(patched[0], 1) - patching.log_odds(original[0], 1)
+    beside = patching.compared(shift, [torch.zeros(2)] * 20, torch.tensor([True, False]), [0] * 20, False, 0)
+    return beside | patching.agreements([]) | {
+        "comparison": rows, "target": " <b>", "sources": [" x"], "names": {7: "<i>own</i>"}, "edited": [7, 8], "silenced": [], "edits_file": "", "operation": "swap",
+        "scope": "last", "lowers": False, "positions_edited": [1, 3], "controls": [[1]] * 20, "controls_matched_by": "density", "target_is_first_choice": 2,
+        "ce_original": 1.0, "ce_reconstruction": 1.25, "reconstruction_first_choice_stays": 2, "keep_error": True, "announcing_latent_is_number": [1, None],
+        "doses": [{"dose": d, "surprise": s} for d, s in ((0.0, 0.5), (1.0, 1.5), (4.0, 9.0))], "ablation_log_odds_change": [-1.0, -2.0], "ablation_removed": [7.5, 3.0, 8.0],
+        "ablation_verdict": patching.verdict(-1.5, [0.0, -2.0], lowers=True)["says"], "notices": ["odd"],
+    }  # fmt: skip
+
+
+def test_side_by_side_by_hand(result):
+    first, second = result["comparison"]
+    assert [p["shade"] for p in first["original"] + second["original"]] == [0.25, 1.0, 0.5] and not any(p["differs"] for p in first["original"])
+    assert [p["differs"] for p in first["patched"]] == [False, True] and first["prompt"] == " a b" and second["positions"] == 3
+    assert first["p_before"] == pytest.approx(0.1) and first["p_after"] == pytest.approx(0.7) and first["log_odds_change"] == pytest.approx(math.log(0.7 / 0.3 * 9), rel=1e-4)
+    assert first["moves"][0]["token"] == "a" and first["moves"][0]["change"] == pytest.approx(math.log(7), rel=1e-4)
+    shaded = patching.shaded(Spaced(), [[0, 2], [0, 4]], [[2, 4], [2]], [[0.5, 2.0], [1.0]], "1,2,3")
+    assert [shaded.count(f"rgba(1,2,3,{v})") for v in ("0.25", "1.00", "0.50")] == [1, 1, 1] and shaded.count("<br>") == 1
+
+
+def test_the_findings_say_what_was_found(result, tmp_path):
+    said = patching.findings(result)
+    assert said[0].startswith("Swap of latent 7 (<i>own</i>), 8 at scope last: the probability of '<b>' rose") and "1 of 2 prompts" in said[0] and "edited at 1 to 3 positions of each" in said[0]
+    assert "It stands out from its controls (p = 0.048: none of 20" in said[0] and "of like density, pushed as hard: 0 in the median" in said[0]
+    assert "1.250 against 1.000" in said[1] and "ablations, too few effects to rank;" in said[2] and "no active latent was left unmeasured" in said[2] and "comes first on 1 of 2" in said[2]
+    assert "by 1.50 nats per token, its own by 0.50; at dose 4 by 9.00" in said[3] and "by -1.50 on average (activation: 7.50 in sum is taken away, by controls 3.00 to 8.00). It does not stand out" in said[4]
+    sampled = {"gradient_agreement": 0.66, "gradient_others": 12, "gradient_agreement_others": 0.5, "gradient_others_largest": 0.25}
+    said = patching.findings(result | sampled)[2]
+    assert "ablations, 0.66;" in said and "among 12 random active latents that the gradient did not choose, 0.50 (their largest effect 0.250 nats)" in said
+    other = result | {"lowers": True, "controls_matched_by": "activity", "edits_file": "mine.yaml", "ablation_log_odds_change": []}
+    said = patching.findings(other)
+    assert said[0].startswith("The edits of mine.yaml: the probability of '<b>' fell") and "active at the edited places about as much" in said[0] and len(said) == 4
+    body = patching.write_page(tmp_path / "p.html", "A <title>", result | {"findings": patching.findings(result)})
+    page = (tmp_path / "p.html").read_text()
+    assert "A &lt;title&gt;" in page and "<i>own" not in page and "&lt;i&gt;own" in body and "http" not in page and body.split("<main>")[1] in page and "Notice: odd" in body

@@ -148,15 +148,92 @@ def test_sums_over_rows_against_float64(sae):
     assert fvu.item() == pytest.approx(u.score_rows(sae, x, index)["fvu"], rel=1e-5)
 
 
-def test_principal_components_leave_what_is_left(fresh_seed):
-    x = torch.randn(4000, 12) @ torch.randn(12, 12) + 7
-    _, _, components = harvest.spectrum(x, torch.arange(4000))
-    plain = u.SAE(12, 24, norm_scale=1.0)
-    plain.mean.copy_(x.mean(0))
-    sums = fidelity.row_sums(lambda v: fidelity.through_components(plain, components[:5], v), x, torch.arange(4000), torch.arange(4000), mean=x.mean(0))
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(x.double().T)).flip(0)
-    assert (sums[:, 1].sum() / sums[:, 2].sum()).item() == pytest.approx((eigenvalues[5:].sum() / eigenvalues.sum()).item(), rel=1e-3)
-    assert (sums[:, 5] == 5).all()
+def test_principal_components_are_those_of_an_svd():
+    x = torch.randn(3000, 12) @ torch.randn(12, 12) + 7
+    mean = x.mean(0)
+    _, _, components = harvest.spectrum(x, torch.arange(3000))
+    x_hat, active = fidelity.through_components(mean, components[:5], x)
+    u_, s, vt = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
+    torch.testing.assert_close(x_hat.double(), u_[:, :5] * s[:5] @ vt[:5] + x.double().mean(0), rtol=1e-4, atol=1e-3)
+    sums = fidelity.row_sums(lambda v: fidelity.through_components(mean, components[:5], v), x, torch.arange(3000), torch.arange(3000), mean=mean)
+    assert (sums[:, 1].sum() / sums[:, 2].sum()).item() == pytest.approx((s[5:].square().sum() / s.square().sum()).item(), rel=1e-3)
+    assert active.shape == (3000,) and (active == 5).all() and (sums[:, 5] == 5).all()
+    within = fidelity.through_components(mean, components[:5], x[:6].reshape(2, 3, 12))[0]
+    torch.testing.assert_close(within.reshape(6, 12), x_hat[:6], rtol=1e-4, atol=1e-4)
+
+
+def squared_distances(x, centres):
+    """(n, k), by brute force in float64."""
+    return (x.double()[:, None] - centres.double()).square().sum(-1)
+
+
+def test_the_nearest_centre_by_brute_force():
+    x, centres = torch.randn(4, 50, 9) + 1000, torch.randn(30, 9) + 1000  # an offset that float32 would stumble over
+    expected = squared_distances(x.reshape(200, 9), centres).argmin(1)
+    x_hat, active = fidelity.through_centres(centres, x)
+    assert torch.equal(fidelity.nearest(centres, x).flatten(), expected) and torch.equal(x_hat.reshape(200, 9), centres[expected])
+    assert active.shape == (4, 50) and (active == 1).all()
+    members = fidelity.membership(centres, x[0])
+    assert members.shape == (50, 30) and torch.equal(members.argmax(1), expected[:50]) and (members.sum(1) == 1).all()
+
+
+def test_kmeans_never_gets_worse_and_ends_at_means(fresh_seed):
+    x, index = torch.randn(900, 5) * torch.tensor([5.0, 3, 1, 1, 1]) - 30, torch.randperm(900)[:700]
+    after = [fidelity.kmeans(x, index, 25, fresh_seed, iterations=n, chunk=64) for n in (*range(1, 7), 100)]
+    errors = [squared_distances(x[index], centres).amin(1).sum().item() for centres in after]
+    assert all(b <= a * (1 + 1e-6) for a, b in zip(errors, errors[1:], strict=False)) and errors[-1] < 0.97 * errors[0]
+    own = squared_distances(x[index], after[-1]).argmin(1)
+    means = torch.stack([x[index][own == c].double().mean(0) for c in range(25)])
+    assert squared_distances(x[index], means).amin(1).sum() > 0.97 * errors[-1]  # nothing much is left to gain
+    assert torch.equal(after[2], fidelity.kmeans(x, index, 25, fresh_seed, iterations=3, chunk=64))
+    assert not torch.equal(after[2], fidelity.kmeans(x, index, 25, fresh_seed + 1, iterations=3, chunk=64))
+    x[index] = torch.nan
+    assert not fidelity.kmeans(x, (~x.isnan().any(1)).nonzero().flatten(), 25, fresh_seed).isnan().any()  # rows that were not asked for have no say
+
+
+def test_kmeans_finds_clusters_that_lie_apart(fresh_seed):
+    true = torch.randn(12, 6) * 1000
+    x = true.repeat_interleave(40, 0) + torch.randn(480, 6)
+    found = fidelity.kmeans(x, torch.randperm(480), 12, fresh_seed)
+    means = x.double().reshape(12, 40, 6).mean(1)
+    distance = squared_distances(means, found)
+    assert distance.amin(1).max() < 1e-3 and len(distance.argmin(1).unique()) == 12
+    assert len(fidelity.kmeans(x, torch.arange(480), 12, fresh_seed, most=100)) == 12
+
+
+def test_a_centre_without_rows_moves_to_where_one_is_needed(monkeypatch, fresh_seed):
+    x = torch.cat([torch.randn(100, 3), torch.randn(40, 3) + 500])
+    monkeypatch.setattr(torch, "multinomial", lambda weights, n, generator: torch.zeros(n, dtype=torch.long))  # all start at one row
+    once = fidelity.kmeans(x, torch.arange(140), 2, fresh_seed, iterations=1)
+    assert squared_distances(x, once).amin().item() < 1e-6  # a row, where all others went to the mean
+    found = fidelity.kmeans(x, torch.arange(140), 2, fresh_seed)
+    assert squared_distances(torch.stack([x[:100].mean(0), x[100:].mean(0)]), found).amin(1).max() < 1e-3
+
+
+def test_as_many_centres_as_rows_are_the_rows(fresh_seed):
+    x = torch.randn(50, 4)
+    found = fidelity.kmeans(x, torch.arange(0, 50, 2), 99, fresh_seed)
+    assert found.shape == (25, 4) and squared_distances(x[::2], found).amin(1).max() < 1e-9
+    same = fidelity.kmeans(torch.ones(30, 4), torch.arange(30), 8, fresh_seed)  # fewer different rows than centres
+    assert same.shape == (8, 4) and (same - 1).abs().max() < 1e-5
+
+
+def test_what_watches_does_not_judge(fresh_seed):
+    document = torch.randint(0, 60, (500,))
+    held_out = document % 2 == 0
+    watched, judging, apart = fidelity.watch_and_judge(held_out, document.numpy(), 0.2, fresh_seed)
+    assert apart and torch.equal(watched | judging, held_out) and not (watched & judging).any()
+    seen = set(document[watched].tolist())
+    assert not seen & set(document[judging].tolist()) and len(seen) == round(0.2 * len(document[held_out].unique()))
+    again = fidelity.watch_and_judge(held_out, document, 0.2, fresh_seed)
+    assert torch.equal(again[0], watched) and torch.equal(again[1], judging)
+    assert any(not torch.equal(fidelity.watch_and_judge(held_out, document, 0.2, fresh_seed + i)[0], watched) for i in range(1, 5))
+    two = (document == 4) | (document == 8)
+    for share in (0.001, 0.999):
+        watched, judging, apart = fidelity.watch_and_judge(two, document, share, fresh_seed)
+        assert apart and watched.any() and judging.any()
+    watched, judging, apart = fidelity.watch_and_judge(document == 4, document, 0.1, fresh_seed)
+    assert not apart and torch.equal(watched, document == 4) and torch.equal(judging, document == 4)
 
 
 @pytest.mark.parametrize("norm_scale", [0.0, 4.0])
@@ -210,3 +287,7 @@ def test_a_ratio_that_says_nothing_is_said_so():
     lines = fidelity.cells(table)
     assert lines[0] == ["", "untouched", "this\nSAE", "mean", "zero"]
     assert ["CE recovered, zero", "", "says nothing", "", ""] in lines and ["increase of CE", "", *(f"+{v}\n{v} to {v}" for v in ("0.300", "0.0010", "0.0010"))] in lines
+    assert ["FVU", "", "1.000\n1.000 to 1.000", "", ""] in lines  # large ones have no fourth digit, small ones do
+    near = {"sae": {"fvu": (0.00661, 0.0065, 0.0067), "ce_recovered": (0.99971, 0.9996, 0.9998)}, "pca": {"fvu": (0.3257, 0.32, 0.33), "ce_recovered": (0.6218, 0.62, 0.63)}}
+    cell = {line[0]: line[1:] for line in fidelity.cells(near)}
+    assert cell["FVU"] == ["0.0066\n0.0065 to 0.0067", "0.326\n0.320 to 0.330"] and cell["CE recovered, zero"] == ["0.9997\n0.9996 to 0.9998", "0.622\n0.620 to 0.630"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import HOOK, loaded_params, sentences
 
+import fidelity
 import harvest
 import known
 import sae_utils as u
@@ -30,6 +31,16 @@ def test_best_f1_by_brute_force():
         assert got["fit"][fact].item() == pytest.approx(best, abs=1e-6)
         assert got["f1"][fact].item() == pytest.approx(plain_f1(scores[200:, column] >= threshold, truth[200:, fact]), abs=1e-6)
     assert got["column"][3] == 11 and got["f1"][3] > 0.8
+
+
+def test_clusters_are_matched_by_who_belongs_to_them():
+    centres, own = torch.randn(8, 5) * 100, torch.randint(0, 8, (600,))
+    x = centres[own] + torch.randn(600, 5)
+    truth = torch.stack([own == 3, (own == 1) | (own == 2), torch.rand(600) < 0.02], 1)
+    got = known.best_f1(fidelity.membership(centres, x), truth)
+    assert got["column"][0] == 3 and got["f1"][0] == 1 and got["column"][1] in (1, 2) and got["f1"][2] < 0.3
+    chosen = own[300:] == got["column"][1]
+    assert got["f1"][1].item() == pytest.approx(plain_f1(chosen, truth[300:, 1])) and 0.4 < got["f1"][1] < 0.9
 
 
 def test_a_silent_column_claims_nothing():
