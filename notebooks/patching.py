@@ -408,6 +408,7 @@ def gradient_effects(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
     def hook(module, args, output):
         x = sae_utils.first_output(output).detach().requires_grad_()
         caught["x"] = x
+        x = x.clone()  # some models go on in place (Falcon)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     handle = model.get_submodule(hook_name).register_forward_hook(hook)

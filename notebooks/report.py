@@ -41,6 +41,7 @@ DEFINITIONS = {
     "strength": "a latent's largest activation on held-out rows, where a token has norm 1 (normalize scale: on average)",
     "CE": "mean next-token cross-entropy in nats, over all tokens of the held-out windows; BOS keeps its activation in every arm",
     "CE recovered": "(CE silenced - CE of the arm) / (CE silenced - CE untouched), silenced meaning zero, or the mean",
+    "k-means": "each activation replaced by the nearest of as many centres as there are latents: one active of all, always fully",
     "KL": "mean over tokens of KL(untouched || arm) of the next-token distribution, in nats",
     "cosine, norm ratio": "of reconstruction and activation, both from the training mean, averaged over rows",
     "promotes": "tokens whose logit the latent's direction raises most by the direct path, to first order",
@@ -202,7 +203,9 @@ def findings(metrics: dict, n_duplicates: int, dense_share: float, on_one_token:
         f"with {metrics['l0']:.1f} of {metrics['d_sae']:,} latents per token; "
         f"cross-entropy rises by {metrics['ce_spliced'] - metrics['ce_clean']:.3f}, from {metrics['ce_clean']:.3f} to {metrics['ce_spliced']:.3f} nats "
         f"(zeroed: {metrics['ce_zero']:.3f}; ce_recovered {recovered}); {metrics['dead']:.1%} of the latents are dead.",
-        f"The rise of the cross-entropy lies between {low:.4f} and {high:.4f} nats (95 %, documents drawn again). The same number of principal components "
+        f"The rise of the cross-entropy lies between {low:.4f} and {high:.4f} nats (95 %, documents drawn again). "
+        f"k-means with as many centres as there are latents, one of them active, costs {value('kmeans', 'ce_increase'):.3f} nats and leaves an FVU of "
+        f"{value('kmeans', 'fvu'):.3f}. The same number of principal components "
         f"costs {value('pca', 'ce_increase'):.3f} nats and leaves an FVU of {value('pca', 'fvu'):.3f}; as many random directions cost "
         f"{value('untrained', 'ce_increase'):.3f} nats (FVU {value('untrained', 'fvu'):.3f}).",
         f"The most probable next token changes on {metrics['top1_changed']:.1%} of tokens; reconstructions are {metrics['norm_ratio']:.3f} times as long as the "
@@ -215,7 +218,7 @@ def findings(metrics: dict, n_duplicates: int, dense_share: float, on_one_token:
         hidden, found = metrics["known"], metrics["known"]["found"]
         sentences.append(
             f"Of {hidden['hidden']} values of {hidden['variables']} variables that the token at hand does not show, {found['trained']} are matched "
-            f"by a latent with an F1 of 0.9 or more on rows that had no say in the choice (untrained SAE: {found['untrained']}, PCA: {found['pca']})."
+            f"by a latent with an F1 of 0.9 or more on rows that had no say in the choice (k-means: {found['kmeans']}, untrained SAE: {found['untrained']}, PCA: {found['pca']})."
         )
     return sentences
 

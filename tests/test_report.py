@@ -27,7 +27,7 @@ def metrics():
     three = lambda value: (value, 0.9 * value, 1.1 * value)
     arm = lambda ce, **more: {"ce": three(ce)} | {name: three(value) for name, value in more.items()}
     splice = lambda ce, fvu: arm(ce, ce_increase=ce - 2.0, kl=ce / 9, top1_changed=0.1, ce_recovered=0.9, ce_recovered_mean=0.8, fvu=fvu, cosine=0.9, norm_ratio=0.95, l0=7.0)
-    fidelity = {"clean": arm(2.0), "sae": splice(2.5, 0.25), "pca": splice(3.0, 0.5), "untrained": splice(3.25, 0.75), "zero": arm(6.0, ce_increase=4.0, kl=3.0, top1_changed=0.8)}
+    fidelity = {"clean": arm(2.0), "sae": splice(2.5, 0.25), "kmeans": splice(2.75, 0.375), "pca": splice(3.0, 0.5), "untrained": splice(3.25, 0.75), "zero": arm(6.0, ce_increase=4.0, kl=3.0, top1_changed=0.8)}
     fidelity["sae"]["ce_increase"] = (0.5, 0.4321, 0.5678)
     return {
         "fvu": 0.25, "l0": 7.25, "dead": 0.125, "ce_clean": 2.0, "ce_spliced": 2.5, "ce_zero": 6.0, "ce_recovered": 0.875, "kl": 0.3, "top1_changed": 0.1,
@@ -66,7 +66,7 @@ def test_findings_are_the_runs_own_numbers(metrics):
     first, interval, top1, latents = report.findings(metrics, n_duplicates=1234, dense_share=0.375, on_one_token=7)
     assert "explains 75.0% of the variance with 7.2 of 16 latents" in first and "rises by 0.500, from 2.000 to 2.500" in first
     assert "(zeroed: 6.000; ce_recovered 0.875); 12.5% of the latents are dead" in first
-    assert "between 0.4321 and 0.5678 nats" in interval and "costs 1.000 nats and leaves an FVU of 0.500" in interval and "cost 1.250 nats (FVU 0.750)" in interval
+    assert "between 0.4321 and 0.5678 nats" in interval and "one of them active, costs 0.750 nats and leaves an FVU of 0.375" in interval and "costs 1.000 nats and leaves an FVU of 0.500" in interval and "cost 1.250 nats (FVU 0.750)" in interval
     assert "changes on 10.0%" in top1 and "0.950 times as long" in top1 and "cosine of 0.900" in top1
     assert latents.startswith("2 latents are dead") and "1 fire on more" in latents and "38% of L0" in latents and "1,234 pairs" in latents and "50% of the live" in latents
 
@@ -77,7 +77,7 @@ def test_findings_where_a_figure_says_nothing(metrics):
     assert "ce_recovered too small a gap to say" in sentences[0] and "0% of the live ones" in sentences[3]
     known = {"hidden": 221, "variables": 24, "found": {"trained": 63, "untrained": 2, "pca": 1, "kmeans": 5}}
     last = report.findings(metrics | {"known": known}, 0, 0.0, 0)[4]
-    assert "221 values of 24 variables" in last and "63 are matched" in last and "(untrained SAE: 2, PCA: 1)" in last
+    assert "221 values of 24 variables" in last and "63 are matched" in last and "(k-means: 5, untrained SAE: 2, PCA: 1)" in last
 
 
 def test_lines_of_the_data_card(metrics):
