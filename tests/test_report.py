@@ -137,7 +137,7 @@ def test_figures_count_what_they_show(metrics):
     assert fig.axes[0].get_title() == "3 live latents, 2 dead" and fig.axes[0].get_legend_handles_labels()[1] == ["ultra-dense: 2"]
     fig.clear()
     report.cross_entropies_figure(fig, metrics["fidelity"])
-    assert [bar.get_width() for bar in fig.axes[0].patches] == [2.0, 2.5, 3.0, 3.25, 6.0]
+    assert [bar.get_width() for bar in fig.axes[0].patches] == [2.0, 2.5, 2.75, 3.0, 3.25, 6.0]
     assert [label.get_text() for label in fig.axes[0].get_yticklabels()][:3] == ["untouched", "this SAE", "PCA, same L0"]
     plt.close(fig)
 
