@@ -138,7 +138,7 @@ def test_figures_count_what_they_show(metrics):
     fig.clear()
     report.cross_entropies_figure(fig, metrics["fidelity"])
     assert [bar.get_width() for bar in fig.axes[0].patches] == [2.0, 2.5, 2.75, 3.0, 3.25, 6.0]
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()][:3] == ["untouched", "this SAE", "PCA, same L0"]
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()][:4] == ["untouched", "this SAE", "k-means, one active", "PCA, same L0"]
     plt.close(fig)
 
 
