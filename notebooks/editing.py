@@ -30,16 +30,23 @@ class Edit:
         ids = [ids] if isinstance(ids, int) else [int(i) if isinstance(i, Tensor) and i.dim() == 0 and not i.is_floating_point() else i for i in ids]
         if len(set(map(repr, ids))) < len(ids):
             raise UserError(f"a latent is named twice among {ids}: name each once.")
-        self.ids, self.change = ids, change
+        self.ids, self.change, self.places = ids, change, {}
 
     def index(self, acts_width: int, device) -> Tensor:
         """The latents as a tensor. UserError where one is not of an SAE of this width."""
-        return torch.tensor([check_latent(i, acts_width) for i in self.ids], dtype=torch.long, device=device)
+        return self.kept(("of", acts_width, device), lambda: [check_latent(i, acts_width) for i in self.ids], device)
 
     def change_among(self, few: list[int], acts: Tensor) -> Tensor:
         """What the edit makes of acts (…, len(few)) of the latents `few`, its own among them."""
-        place = torch.tensor([few.index(i) for i in self.ids], dtype=torch.long, device=acts.device)
+        place = self.kept((*few, acts.device), lambda: [few.index(i) for i in self.ids], acts.device)
         return acts.index_copy(-1, place, self.change(acts[..., place]))
+
+    def kept(self, key: tuple, numbers, device) -> Tensor:
+        """The numbers as a tensor, made once: a copy to the GPU at each forward pass would cost more than the edit."""
+        if key not in self.places:
+            with torch.inference_mode(False):  # so that a backward pass may use it later
+                self.places[key] = torch.tensor(numbers(), dtype=torch.long, device=device)
+        return self.places[key]
 
     def __call__(self, acts: Tensor) -> Tensor:
         index = self.index(acts.shape[-1], acts.device)
@@ -430,8 +437,9 @@ class SAEIntervenableMLP(nn.Module):
             return x
         sae = self.sae.to(x.device)
         x_unit, norm = sae.normalise(x)
-        if self.columns is not None:
-            self.columns = self.columns.to(x.device)
+        if self.columns is not None and self.columns.device != x.device:
+            with torch.inference_mode(False):
+                self.columns = self.columns.to(x.device)
         acts = sae.encode_unit(x_unit, self.columns)
         patched = self.apply_patches(acts, x)
         if self.keep_acts:

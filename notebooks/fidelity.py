@@ -339,7 +339,7 @@ def cells(figures: dict[str, dict]) -> list[list[str]]:
         if figure in ("ce_increase", "kl", "fvu") and abs(first) >= 0.01 or figure.startswith("ce_recovered") and first < 0.99:
             pattern = pattern.replace(".4f", ".3f")  # a fourth digit says little there, and eight arms have to stand beside each other
         value, low, high = (pattern.format(v) for v in figures[arm][figure])
-        return f"{value}\n{low} to {high}".replace("\n+", "\n").replace("to +", "to ")
+        return f"{value}\n{low.rstrip('%')} to {high}".replace("\n+", "\n").replace("to +", "to ")
 
     names = [arm for arm in ARMS if arm in figures]
     return [["", *(ARMS[arm] for arm in names)], *([name, *(cell(arm, figure) for arm in names)] for figure, (name, _) in FIGURES.items())]

@@ -211,10 +211,10 @@ class Trainer:
         )  # fmt: skip
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """a @ b into `out`, in bfloat16 on CUDA."""
+        """a @ b into `out`; on CUDA of bfloat16 factors, summed and kept in float32."""
         if self.product_dtype == torch.float32:
             return torch.mm(a, b, out=out)
-        return out.copy_(a.to(self.product_dtype) @ b.to(self.product_dtype))
+        return out.copy_(torch.mm(a.to(self.product_dtype), b.to(self.product_dtype), out_dtype=torch.float32))
 
     # -- which entries are active
 

@@ -1,7 +1,8 @@
-"""An architecture of one's own, in a file of its own, as the README shows it: written, trained, saved, edited."""
+"""An architecture and an edit of one's own, in a file of their own, as the README shows them."""
 
 import pytest
 import torch
+from conftest import HOOK
 from quality import known_directions, train
 
 import editing
@@ -49,6 +50,25 @@ def test_an_architecture_of_ones_own(registered, tmp_path):
     out = editing.SAEIntervenableMLP(torch.nn.Identity(), again, editing.ablate([latent]))(rows[:20])
     fires = again.encode(rows[:20])[:, latent] > 0
     assert torch.equal((out != rows[:20]).any(1), fires) and fires.any()
+
+
+def swap(one, other):
+    """Each of two latents fires as strongly as the other one would have."""
+    return editing.Edit([one, other], lambda acts: acts.flip(-1))
+
+
+def test_an_edit_of_ones_own(model, tokenizer, sae):
+    ids = torch.tensor([[3, 5, 6, 7, 8]])
+    with editing.intervene(model, HOOK, sae, tokenizer, [(swap(3, 17), "prompt"), (lambda acts: acts * 0.9, [2])], keep_acts=True) as wrapper:
+        model(ids)
+    acts, expected = wrapper.acts[0], wrapper.acts[0].clone()
+    expected[1:, [3, 17]] = acts[1:, [17, 3]]  # BOS is no text
+    expected[2] *= 0.9
+    assert torch.equal(wrapper.patched[0], expected) and not torch.equal(acts, expected)
+    with editing.intervene(model, HOOK, sae, tokenizer, swap(3, 17)):
+        alone = model(ids).logits
+    with editing.intervene(model, HOOK, sae, tokenizer, lambda acts: swap(3, 17)(acts)):
+        torch.testing.assert_close(model(ids).logits, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_architecture_is_told(tmp_path):

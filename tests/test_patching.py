@@ -347,6 +347,17 @@ def test_inside_the_context_the_models_weights_are_its_own(model, tokenizer, sae
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
+def test_gradients_after_writing_in_the_same_context(model, tokenizer, sae):
+    prompt = [3, 5, 6, 7]
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.compose(editing.amplify([3, 7], 2.0), editing.set_value([4], 1.0))):
+        editing.generate(model, tokenizer, [prompt], 3)
+        embedded = []
+        handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: embedded.append(out.requires_grad_()) or out)
+        model(torch.tensor([prompt])).logits.sum().backward()
+        handle.remove()
+    assert embedded[0].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("patch", [lambda: editing.amplify([3, 7, 9], 2.0), lambda: (lambda acts: acts * 1.5)])
 def test_gradients_pass_through_an_edit_twice(sae, patch):
     """With respect to the activation, the encoder and the decoder, in float64 beside autograd of the formula written out."""
