@@ -157,6 +157,7 @@ def on_world(options, recipes: dict) -> list[dict]:
     fresh.mean.copy_(rows.activations[in_train].double().mean(0))
     projected = (x - fresh.mean) @ harvest.spectrum(rows.activations, in_train)[2].T
     judged("untrained", fresh.encode(x), **nothing)
+    judged("k-means", fidelity.membership(fidelity.kmeans(rows.activations, in_train, 8 * x.shape[1], 0), x), **nothing)
     judged("principal components", torch.cat([projected, -projected], 1), **nothing)
     for name, recipe in recipes.items():
         for seed in range(3):
@@ -181,7 +182,8 @@ def main() -> None:
         results = on_known(options, recipes)
     elif options.model == "world":
         recipes = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.147, 0.35)}
-        recipes |= {f"batchtopk k {k}": {"architecture": "batchtopk", "k": k} for k in (4, 7)} | {"matryoshka k 7": {"architecture": "matryoshka", "k": 7}}
+        recipes |= {f"{a} k {k}": {"architecture": a, "k": k, "auxk_weight": 0.03} for a, k in (("batchtopk", 4), ("batchtopk", 7), ("matryoshka", 7))}
+        recipes |= {"jumprelu, target 7": {"architecture": "jumprelu", "k": 7, "l0_weight": 0.03}, "gated, L1 weight 0.3": {"architecture": "gated", "l1_weight": 0.3}}
         results = on_world(options, recipes)
     else:
         results = on_text(options, GRID if options.grid else RECIPES)
