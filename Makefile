@@ -24,7 +24,9 @@ export OMP_NUM_THREADS ?= $(shell n=$$(( ($(CORES) + 1) / 2 / $(JOBS) )); echo $
 export TOKENIZERS_PARALLELISM ?= false
 export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
 
-# $(call tests,ENVIRONMENT,WHICH): two files side by side, with one thread each, the longest first.
+# $(call tests,ENVIRONMENT,WHICH): two files side by side, with one thread each, the longest first. Every file is
+# named, since pytest 8.0 takes `FILE FOLDER` for the file alone.
+TESTS := tests/test_notebooks.py $(filter-out tests/test_notebooks.py,$(wildcard tests/test_*.py))
 define tests
 	@$(1)/bin/python -c 'import torch, transformers, datasets; print(f"torch {torch.__version__}, transformers {transformers.__version__}, datasets {datasets.__version__}")'
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(2)
@@ -120,19 +122,19 @@ tensorboard: $(READY) ## watch all runs
 
 .PHONY: test test-latest test-oldest
 test: $(READY) ## all tests, the notebooks on the tiny model included
-	$(call tests,$(VENV),tests/test_notebooks.py tests)
+	$(call tests,$(VENV),$(TESTS))
 
 # Canaries: the newest and the oldest packages that requirements.txt allows, each in an environment of its own.
 # Tests that check our arithmetic once more, or a kill at another moment, tell nothing about a package.
 test-latest: ## the tests with the newest packages that requirements.txt allows
 	$(call environment,.venv-latest,requirements.txt,$(NEWEST))
-	$(call tests,.venv-latest,-m "not repeats" tests/test_notebooks.py tests)
+	$(call tests,.venv-latest,-m "not repeats" $(TESTS))
 
 test-oldest: ## the tests with the oldest packages that requirements.txt allows
 	sed -n 's/>=\([0-9.]*\),.*/==\1/p; /^torch==/p' requirements.txt > .oldest.txt
 	$(call environment,.venv-oldest,.oldest.txt)
 	rm .oldest.txt
-	$(call tests,.venv-oldest,-m "not repeats" tests/test_notebooks.py tests)
+	$(call tests,.venv-oldest,-m "not repeats" $(TESTS))
 
 .PHONY: test-browser
 test-browser: $(READY) ## search and click through a run's features.html in headless chromium: [RUN=demo]
