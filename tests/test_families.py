@@ -22,7 +22,7 @@ DENSE = {
     "bloom": {"hidden_size": 16, "n_layer": 3, "n_head": 2}, "falcon": {name: SHAPE[name] for name in SHAPE if name != "head_dim"},
     "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 3, "max_seq_len": 64, "expansion_ratio": 2},
     "gpt_neo": {"hidden_size": 16, "num_layers": 3, "num_heads": 2, "attention_types": [[["global", "local", "global"], 1]], "max_position_embeddings": 64},
-    "gpt2": GPT, "gpt_bigcode": GPT, "gptj": GPT | {"rotary_dim": 4}, "codegen": GPT | {"rotary_dim": 4}, "opt": SHAPE | {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "gpt2": GPT, "gpt_bigcode": GPT, "gptj": GPT | {"rotary_dim": 4}, "codegen": GPT | {"rotary_dim": 4, "n_head": 4}, "opt": SHAPE | {"ffn_dim": 32, "word_embed_proj_dim": 16},
     "xglm": {"d_model": 16, "ffn_dim": 32, "num_layers": 3, "attention_heads": 2, "max_position_embeddings": 64}, "gpt_neox_japanese": SHAPE | {"intermediate_multiple_size": 2},
 } | dict.fromkeys((
     "gpt_neox", "starcoder2", "biogpt", "phi", "phi3", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "glm", "glm4", "cohere", "stablelm", "persimmon", "nemotron",
