@@ -15,6 +15,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import random
 import re
 import shutil
 import time
@@ -41,6 +42,7 @@ STORE_VERSION = 3
 
 ARTICLE = re.compile(r"^ = [^=].*[^=] = \s*$")  # WikiText's mark of a new article
 STREAMED_FROM, BYTES_PER_ROW = 10**9, 100  # a hub dataset larger than both (the second for each row wanted) is not fetched whole
+SHUFFLE_BUFFER = 10_000  # rows of a stream among which the next one is drawn
 
 
 @dataclass
@@ -115,9 +117,10 @@ def encodable(value) -> bool:
 def hub_text(source: str, params: dict) -> tuple[list[str], list, object]:
     """(columns, identity, () -> iterator over (where, value, "")) of a text on the Hugging Face hub.
 
-    It is streamed, in its own order, where it is not on this disk and where the hub says that it is larger
-    than STREAMED_FROM and than BYTES_PER_ROW for each row wanted, or does not say; else it is fetched whole,
-    and needs no network the next time. `identity`, of the commit, says nothing of which it was.
+    It is streamed where it is not on this disk and where the hub says that it is larger than STREAMED_FROM and
+    than BYTES_PER_ROW for each row wanted, or does not say; else it is fetched whole, in its own order, and
+    needs no network the next time. Neighbours in a terabyte are often alike, so a stream's rows pass
+    through a buffer that shuffles them, the same way each time; but for WikiText, whose rows belong together. `identity`, of the commit, says so, as the rows are then others.
     """
     import datasets
 
@@ -132,12 +135,28 @@ def hub_text(source: str, params: dict) -> tuple[list[str], list, object]:
     streaming = not Path(builder.cache_dir).exists() and size > max(STREAMED_FROM, BYTES_PER_ROW * params["n_activations"])
     rows = datasets.load_dataset(source, split=split, streaming=streaming, **which)
     columns = rows.column_names or list(next(iter(rows), {}))
+    mixed = streaming and "wikitext" not in source.lower()
 
     def places():
-        for number, row in enumerate(rows.select_columns([column])):
-            yield f"dataset {source}, row {number}", row[column], ""
+        found = ((f"dataset {source}, row {number}", row[column], "") for number, row in enumerate(rows.select_columns([column])))
+        return shuffled(found, SHUFFLE_BUFFER) if mixed else found
 
-    return columns, [source, builder.config_id, builder.hash, split], places
+    return columns, [source, builder.config_id, builder.hash, split, *(["shuffled", SHUFFLE_BUFFER] if mixed else [])], places
+
+
+def shuffled(values, size: int, seed: int = 0):
+    """The values, each drawn at random from the `size` that are at hand; the same way whatever version `datasets` has,
+    since the rows' key depends on it."""
+    draw, held = random.Random(seed), []
+    for value in values:
+        if len(held) < size:
+            held.append(value)
+        else:
+            place = draw.randrange(size)
+            yield held[place]
+            held[place] = value
+    draw.shuffle(held)
+    yield from held
 
 
 # ---------------------------------------------------------------------------------------------

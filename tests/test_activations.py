@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -658,29 +659,45 @@ def hub(tmp_path, monkeypatch):
     [({}, 1000, True), ({"num_bytes": 2 * 10**9}, 1000, True), ({"num_bytes": 2 * 10**9}, 2 * 10**7, False), ({"num_bytes": 10**6}, 1000, False)],
 )
 def test_a_large_dataset_is_streamed_and_a_small_one_fetched(hub, stated, wanted, streaming, tmp_path):
-    """By its size as stated, beside what is wanted; the documents, their order and their key are the same."""
+    """By its size as stated, beside what is wanted. A stream is shuffled, the same way each time, and its key says so."""
     texts, calls, sizes = hub
     sizes |= stated
     text = open_local("me/tales", n_activations=wanted)
-    assert calls == [("me/tales", streaming)] and list(text) == list(text) == texts
-    assert (tmp_path / "cache" / "parquet").exists() is not streaming  # streamed rows leave nothing on the disk
+    documents = list(text)
+    assert calls == [("me/tales", streaming)] and list(text) == documents and sorted(documents) == sorted(texts)
+    assert (documents != texts) == streaming
+    again = open_local("me/tales", n_activations=wanted)
+    assert again.fingerprint == text.fingerprint and list(again) == documents
+    if streaming:
+        assert not (tmp_path / "cache" / "parquet").exists()  # streamed rows leave nothing on the disk
     sizes.clear()
     sizes["num_bytes"] = 10**6
     fetched = open_local("me/tales", n_activations=wanted)  # now it is here
     sizes["num_bytes"] = 10**12
-    again = open_local("me/tales", n_activations=wanted)
-    assert [call[1] for call in calls[1:]] == [False, False] and text.fingerprint == fetched.fingerprint == again.fingerprint
-    assert list(fetched) == texts == list(again)
+    kept = open_local("me/tales", n_activations=wanted)
+    assert [call[1] for call in calls[2:]] == [False, False] and fetched.fingerprint == kept.fingerprint
+    assert list(fetched) == texts == list(kept) and (fetched.fingerprint == text.fingerprint) == (not streaming)
 
 
 def test_streaming_reads_no_more_than_it_needs(hub, tokenizer, tmp_path, monkeypatch):
     texts, calls, _ = hub
+    monkeypatch.setattr(harvest, "SHUFFLE_BUFFER", 20)
     text = open_local("me/tales", n_activations=1000)
+    documents = list(text)
+    assert set(documents[:280]) <= set(texts[:300]) and documents[:280] != texts[:280]
+    whole = cut(tokenizer, documents, 16, 1000)
     (tmp_path / "part-1.parquet").write_bytes(b"never looked at")
-    whole = cut(tokenizer, texts, 16, 1000)
     assert cut(tokenizer, text, 16, 1000) == whole and calls == [("me/tales", True)]
     with pytest.raises(u.UserError, match="dataset me/tales could not be loaded: "):
         cut(tokenizer, text, 16, 10**6)
+
+
+def test_a_shuffle_buffer_loses_nothing_and_moves_rows_no_further_than_it_is_long():
+    for n, size in ((0, 5), (3, 5), (200, 20)):
+        mixed = list(harvest.shuffled(iter(range(n)), size))
+        assert sorted(mixed) == list(range(n)) and mixed == list(harvest.shuffled(iter(range(n)), size))
+        assert all(place >= value - size for place, value in enumerate(mixed))
+    assert mixed != list(range(200)) and mixed != list(harvest.shuffled(iter(range(200)), 20, seed=1))
 
 
 def test_a_slice_of_a_dataset_is_not_streamed(hub):
@@ -693,8 +710,10 @@ def test_a_slice_of_a_dataset_is_not_streamed(hub):
 def test_mistakes_in_a_hub_dataset_are_told(hub, monkeypatch):
     with pytest.raises(u.UserError, match="dataset me/tales has no column story; it has: id, text"):
         open_local("me/tales", text_column="story")
-    with pytest.raises(u.UserError, match="dataset me/tales, row 0: column id does not hold text, but '0'"):
+    with pytest.raises(u.UserError, match="column id does not hold text") as told:
         open_local("me/tales", text_column="id")
+    row, value = map(int, re.findall(r"row (\d+): .* but '(\d+)'", str(told.value))[0])
+    assert row % 300 == value  # two files of 300 ids
     with pytest.raises(u.UserError, match="dataset me/tales could not be loaded: .*test"):
         open_local("me/tales", dataset_split="test")
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **b: types.SimpleNamespace(hash=None))
