@@ -515,3 +515,11 @@ def test_the_findings_say_what_was_found(result, tmp_path):
     body = patching.write_page(tmp_path / "p.html", "A <title>", result | {"findings": patching.findings(result)})
     page = (tmp_path / "p.html").read_text()
     assert "A &lt;title&gt;" in page and "<i>own" not in page and "&lt;i&gt;own" in body and "http" not in page and body.split("<main>")[1] in page and "Notice: odd" in body
+
+
+def test_an_edit_that_reaches_no_position_is_told():
+    edits = [{"latents": [1], "operation": "ablate", "scope": "generated"}, {"latents": [2], "operation": "ablate"}]
+    patching.check_reached([1, 3], ["a b", "c"], edits)
+    with pytest.raises(u.UserError, match=r"prompt 2 \(…'what is c'\) is edited at no position: scope generated, all reaches none of its text"):
+        patching.check_reached([1, 0], ["a b", "what is c"], edits)
+    assert [patching.spread(counts) for counts in ([1, 1], [4, 4], [3, 7])] == ["1 position", "4 positions", "3 to 7 positions"]

@@ -295,8 +295,10 @@ def test_edits_from_a_file_and_prompts_of_ones_own(run, capsys):
     assert "&lt;b&gt;my&lt;/b&gt; name" in page and "<b>my</b>" not in page
     assert [str(dead[0]) in notice for notice in result["notices"]] == [True] * len(dead)
     assert result["positions_edited"] == [row["positions"] for row in result["comparison"]] and all(n >= 2 for n in result["positions_edited"])
-    assert experiment.main(["patch_neurons", "-p", "run_dir", str(run), "-p", "name", "bad", "-y", '{prompts: ["<bos>"]}']) == 2
-    assert "holds no text" in capsys.readouterr().err and not (run / "patches" / "bad" / ".done").exists()
+    nothing = ["-p", "scope", "generated", "-p", "max_new_tokens", "1", "-p", "prompts_file", str(folder / "prompts.txt")]  # the only new token is never read
+    assert experiment.main(["patch_neurons", "-p", "run_dir", str(run), "-p", "name", "bad", *nothing]) == 2
+    assert "prompt 1 (…" in (said := capsys.readouterr().err) and "is edited at no position: scope generated reaches none" in said
+    assert not (run / "patches" / "bad" / ".done").exists()
 
 
 def test_nothing_is_written_over(run, patch, capsys):
