@@ -12,6 +12,7 @@ import logging
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import click
 import datasets
@@ -154,10 +155,17 @@ def test_a_fast_tokenizer_shows_its_rules_and_its_special_tokens():
 # -- datasets
 
 
-@relied_on_by("harvest.open_text (the digest of a hub dataset)")
-def test_a_dataset_has_a_fingerprint_of_its_content(tmp_path):
-    made = [datasets.Dataset.from_dict({"text": texts}) for texts in (["a", "b"], ["a", "b"], ["a", "c"])]
-    assert made[0]._fingerprint == made[1]._fingerprint != made[2]._fingerprint
+@relied_on_by("harvest.hub_text (which commit a hub dataset is of, whether it is on this disk, how large it is)")
+def test_a_datasets_builder_tells_what_it_would_load(tmp_path):
+    def built(texts, folder):
+        folder.mkdir()
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(folder / "part.parquet")
+        return datasets.load_dataset_builder("parquet", data_files={"train": [str(folder / "part.parquet")]}, cache_dir=str(tmp_path / "cache"))
+
+    one, other = built(["a", "b"], tmp_path / "one"), built(["a", "c"], tmp_path / "two")
+    assert one.hash and one.config_id and one.config_id != other.config_id and not Path(one.cache_dir).exists()
+    one.download_and_prepare()
+    assert Path(one.cache_dir).exists() and one.info.splits["train"].num_bytes > 0
 
 
 # -- torch
