@@ -162,9 +162,10 @@ def stating(model, prompts: list[list[int]]):
 class Sequence:
     """What is known of the texts in one KV cache: `seen` and `reached` (batch, columns), columns that are no
     padding and those an edit reached; `length` and `last` (batch, 1), the prompts' lengths and the place of
-    their last token that is text, None where unknown; `stated`: they hold for what follows as well."""
+    their last token that is text, None where unknown; `stated`: the prompts or lengths that say so and hold for
+    what follows as well, or None."""
 
-    def __init__(self, seen: Tensor, length: Tensor | None, last: Tensor | None, stated: bool):
+    def __init__(self, seen: Tensor, length: Tensor | None, last: Tensor | None, stated: list | None):
         self.seen, self.reached, self.length, self.last, self.stated = seen, torch.zeros_like(seen), length, last, stated
 
 
@@ -176,7 +177,7 @@ class TokenTracker:
     forward's own signature. A position is taken from what the tracker has seen go into the KV cache
     and the attention mask; the cache's own length, position_ids and cache_position, as far as they are
     there, have to agree. Where prompts end is stated: by `generate` and `next_logprobs`, or by
-    `prompt_lengths` (one for each row, BOS included); a call that neither goes on from a cache nor fills
+    `prompt_lengths` (one for each row, BOS included; whatever stands later counts as generated); a call that neither goes on from a cache nor fills
     one that it was given, nor repeats the call before and adds to it, is a prompt as a whole.
     """
 
@@ -214,7 +215,11 @@ class TokenTracker:
         self.ids, self.text = ids, new & ~torch.isin(ids, self.special)
         if self.bos is None:
             self.text &= self.index > 0
-        self.sequence = Sequence(seen, *((before.length, before.last, before.stated) if past else self.prompt_ends(model, new, cache)))
+        stated = model.__dict__.get("stated_prompts")
+        if past and (stated is None or stated is before.stated):
+            self.sequence = Sequence(seen, before.length, before.last, before.stated)
+        else:  # a text begins, or a kept cache gets another turn, with prompts of its own
+            self.sequence = Sequence(seen, *self.prompt_ends(stated, new, cache))
         if past:
             self.sequence.reached[:, :past] = before.reached
         if cache is not None:
@@ -257,8 +262,8 @@ class TokenTracker:
             raise refusal(f"the cache holds {past} positions that were not computed in this context, so no edit could reach them", "start without a cache")
         if len(known.seen) != batch:
             raise refusal(f"the cache was filled with {len(known.seen)} texts, and the call has {batch}", "start without a cache")
-        stated = self.prompt_lengths is not None or known.stated
-        cut = Sequence(known.seen[:, :past], known.length if stated else None, known.last if stated else None, stated)
+        told = known.stated is not None
+        cut = Sequence(known.seen[:, :past], known.length if told else None, known.last if told else None, known.stated)
         cut.reached = known.reached[:, :past]  # shorter than it was where a decoder dropped what it had tried
         return cut
 
@@ -278,9 +283,9 @@ class TokenTracker:
         if columns is not None and columns.tolist() != list(range(self.past, self.past + new.shape[1])):
             raise refusal("cache_position is not what follows the cache", "leave it out")
 
-    def prompt_ends(self, model, new: Tensor, cache) -> tuple[Tensor | None, Tensor | None, bool]:
-        """`length`, `last` and `stated` of the Sequence that begins with this call; `unknown` says why one is None."""
-        ids, index, stated = self.ids, self.index, model.__dict__.get("stated_prompts")
+    def prompt_ends(self, stated, new: Tensor, cache) -> tuple[Tensor | None, Tensor | None, list | None]:
+        """`length`, `last` and `stated` of the Sequence of this call; `unknown` says why one is None."""
+        ids, index = self.ids, self.index
         column = lambda values: torch.tensor(values, device=ids.device)[:, None]
         earlier, self.earlier, self.unknown = self.earlier, None, ""
         if stated is not None:
@@ -291,23 +296,23 @@ class TokenTracker:
             there = new & (index < length)
             if not ((ids == whole.gather(1, index.clamp(0, whole.shape[1] - 1))) | ~there).all():
                 raise refusal("the model was given other prompts than were stated", "generate with editing.generate")
-            return length, column([last_text(prompt, self.tokenizer) for prompt in stated]), True
+            return length, column([last_text(prompt, self.tokenizer) for prompt in stated]), stated
         if self.prompt_lengths is not None:
             if len(self.prompt_lengths) != len(ids):
                 raise refusal(f"there are {len(self.prompt_lengths)} prompt_lengths, and the call has {len(ids)} texts", "give one for each row of the batch")
             length = column(self.prompt_lengths)
         elif cache is not None:
             self.unknown = "a cache is filled, with the whole prompt or with a part of it"
-            return None, None, False
+            return None, None, None
         elif earlier is not None and len(earlier) == len(ids) and 0 < earlier.shape[1] < ids.shape[1] and torch.equal(earlier, ids[:, : earlier.shape[1]]):
             self.earlier, self.unknown = ids, "the call repeats the one before and goes on, with generated tokens or with given ones"
-            return None, None, False
+            return None, None, None
         else:
             self.earlier, length = ids, new.long().sum(1, keepdim=True)
         if not (new.long().sum(1, keepdim=True) >= length).all():
             self.unknown = "the call holds only a part of the prompt"
-            return length, None, self.prompt_lengths is not None
-        return length, torch.where(self.text & (index < length), index, -1).amax(1, keepdim=True), self.prompt_lengths is not None
+            return length, None, self.prompt_lengths
+        return length, torch.where(self.text & (index < length), index, -1).amax(1, keepdim=True), self.prompt_lengths
 
     def where(self, scope) -> Tensor:
         """(batch, seq) boolean: the text positions in `scope`.

@@ -196,6 +196,26 @@ def test_a_second_turn_on_a_kept_cache(model, tokenizer, sae, name):
     check(model, sae, tokenizer, name, "greedy", [prompt], both, out, wrapper.tracker.reached())
 
 
+@pytest.mark.parametrize("name", ["last", "prompt", "generated"])
+def test_a_second_turn_may_state_its_own_prompt(model, tokenizer, sae, name):
+    """Then the prompt is the whole conversation so far: nothing of the first turn's statement is left over."""
+    first, more = PROMPTS[tokenizer.bos_token_id is not None][0], [10, 6, 22]
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([5], 9.0), scope=SCOPES[name][0]) as wrapper:
+        with editing.stating(model, [first]):
+            turn = model.generate(input_ids=torch.tensor([first]), generation_config=settings_of("greedy"))
+        reached = wrapper.tracker.reached()
+        prompt = turn.sequences[0].tolist() + more
+        with editing.stating(model, [prompt]):
+            out = model.generate(input_ids=torch.tensor([prompt]), generation_config=settings_of("greedy"), **{cache_name(model): cache_of(turn)})
+        second = wrapper.tracker.reached()
+    text, kept = out.sequences[0].tolist(), len(prompt) - len(more) - 1  # positions that the cache held
+    early = edited_places(tokenizer, name, prompt[:kept], len(first))
+    late = [at for at in edited_places(tokenizer, name, text[:-1], len(prompt)) if at >= kept]
+    assert reached == [len(early)] and second == [len(early) + len(late)]
+    expected = alone(model, sae, text, early + late)[len(prompt) - 1 : -1]
+    torch.testing.assert_close(torch.stack([step[0] for step in out.logits]).log_softmax(-1), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_two_caches_in_turn(model, tokenizer, sae):
     """Conversations that take turns inside one context are told apart by their caches."""
     texts = [first + more for first, more in zip(PROMPTS[tokenizer.bos_token_id is not None], ([10, 6], [11, 12, 6], [21]), strict=True)]
