@@ -18,6 +18,7 @@ import click
 import datasets
 import filelock
 import matplotlib
+import nbformat
 import papermill
 import papermill.cli
 import pytest
@@ -230,9 +231,20 @@ def test_papermill_injects_a_cell_that_begins_with_its_name(tmp_path):
 
 
 @relied_on_by("experiment.main")
-def test_papermills_errors_say_what_was_raised():
-    assert {"ename", "evalue", "traceback"} <= set(inspect.signature(papermill.PapermillExecutionError.__init__).parameters)
-    assert logging.getLogger("papermill").name == "papermill"
+def test_papermills_errors_say_what_was_raised(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}})
+    nbformat.write(notebook, tmp_path / "fails.ipynb")
+    with pytest.raises(papermill.PapermillExecutionError) as told:
+        papermill.execute_notebook(str(tmp_path / "fails.ipynb"), str(tmp_path / "out.ipynb"), kernel_name="python3", progress_bar=False)
+    assert (told.value.ename, told.value.evalue) == ("ZeroDivisionError", "division by zero") and "ZeroDivisionError" in "".join(told.value.traceback)
+
+
+@relied_on_by("experiment.main (lines that say nothing are left out of the log)")
+def test_papermill_logs_by_its_own_name(tmp_path, caplog):
+    path = u.ROOT / "notebooks" / "patch_neurons.ipynb"
+    with caplog.at_level(logging.WARNING, logger="papermill"):
+        papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), {"no_such_name": 1}, prepare_only=True)
+    assert [record.getMessage() for record in caplog.records if record.name == "papermill"][0].startswith("Passed unknown parameter")
 
 
 @relied_on_by("sae_utils.UserError")
