@@ -549,13 +549,33 @@ def batches(windows: list[list[int]], model, most: int = 32):
         yield windows[start : start + size]
 
 
+@contextmanager
+def head_at(model, where: Tensor):
+    """While the context lasts the head sees the positions `where` (batch, seq), boolean, alone: logits are then
+    (1, positions, d_vocab). On a large vocabulary the head costs more than all layers. A model whose head is not
+    found, or is given something else, gives all logits, (batch, seq, d_vocab), as ever."""
+
+    def choose(module, args):
+        if args and torch.is_tensor(args[0]) and args[0].shape[:2] == where.shape:
+            return (args[0][where][None], *args[1:])
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(choose) if head is not None else None
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
+
+
 @torch.inference_mode()
 def next_logprobs(model, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities (prompts, d_vocab) of the token after each prompt, float32 on the CPU."""
     parts = []
     for batch in batches(prompts, model):
         ids, mask = pad(batch, device=model.device)  # on the right: absolute positions then need no help
-        with stating(model, batch):
+        last = torch.arange(ids.shape[1], device=ids.device) == mask.sum(1, keepdim=True) - 1
+        with stating(model, batch), head_at(model, last):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        parts.append(logits[torch.arange(len(ids)), mask.sum(1) - 1].float().log_softmax(-1).cpu())
+        parts.append((logits[last] if logits.shape[:2] == ids.shape else logits[0]).float().log_softmax(-1).cpu())
     return torch.cat(parts)

@@ -6,7 +6,8 @@ that took them for independent would be far too narrow.
 """
 
 import hashlib
-from contextlib import nullcontext
+import re
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +146,13 @@ def watch_and_judge(held_out: Tensor, document, share: float = 0.1, seed: int = 
     return watched, held_out & ~watched, True
 
 
+def drawn(windows: Tensor, seed: int) -> Tensor:
+    """The numbers of the marked windows (n,), boolean, in a seeded random order: however many are taken from its
+    beginning, they come from all documents alike."""
+    found = windows.nonzero().flatten()
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
+
+
 # ---------------------------------------------------------------------------------------------
 # Sums over rows, sums over text
 # ---------------------------------------------------------------------------------------------
@@ -177,23 +185,30 @@ def row_sums(through, activations: Tensor, index: Tensor, document: Tensor, chun
     return sums
 
 
-def arms(model, tokenizer, hook_name: str, windows: list[list[int]], mean: Tensor, **through) -> dict:
+@torch.no_grad()
+def mean_after(model, module_name: str, activations: Tensor, index: Tensor, most: int = 65536, chunk: int = 4096) -> Tensor:
+    """Mean output (d,) of the norm that follows the hook (`sae_utils.post_norm_name`) over the rows `index`, at most
+    `most` of them, evenly spread. Rows are what the norm is given, so that the model itself need not run."""
+    norm, total, chosen = model.get_submodule(module_name), 0.0, index[:: -(-len(index) // most)]
+    for part in chosen.split(chunk):
+        total = total + norm(activations[part].to(model.device, model.dtype)).cpu().double().sum(0)
+    return (total / len(chosen)).float()
+
+
+def arms(hook_name: str, mean: Tensor, after: tuple[str, Tensor] | None = None, **through) -> dict:
     """What is done to the model, by name: (module, edit of its output), or None for the model as it is.
 
-    clean; each of `through` (x -> (x_hat, active)) in the activation's place; zero; mean (d_in); and,
-    where a norm follows the hook inside the layer, mean_post_norm: its mean output in its output's place.
+    clean; each of `through` (x -> (x_hat, active)) in the activation's place; zero; mean (d_in); and, where a norm
+    follows the hook inside the layer, mean_post_norm: of `after` (that norm's name, its mean output), the mean.
     """
 
     def replaced(function, x):
         return function(x)[0].to(x.dtype)
 
+    constant = lambda value: lambda x: value.to(x).expand_as(x)
     done = {"clean": None} | {name: (hook_name, partial(replaced, function)) for name, function in through.items()}
-    done |= {"zero": (hook_name, torch.zeros_like), "mean": (hook_name, lambda x: mean.to(x).expand_as(x))}
-    after = sae_utils.post_norm_name(model, hook_name)
-    if after:
-        after_mean = mean_output(model, after, windows, tokenizer)
-        done["mean_post_norm"] = (after, lambda x: after_mean.to(x).expand_as(x))
-    return done
+    done |= {"zero": (hook_name, torch.zeros_like), "mean": (hook_name, constant(mean))}
+    return done | ({"mean_post_norm": (after[0], constant(after[1]))} if after else {})
 
 
 def digest(sae: sae_utils.SAE) -> str:
@@ -204,12 +219,91 @@ def digest(sae: sae_utils.SAE) -> str:
     return total.hexdigest()
 
 
+class Below:
+    """The layers below the hook's, run once for several passes over the same input.
+
+    `first` is the pass that keeps what the last of them returns; in `again` all of them return that. Models whose
+    later layers take more from earlier ones than what the last one returns give something else then: `agrees` tells.
+    """
+
+    def __init__(self, model, hook_name: str):
+        found = re.match(r"(.*?)\.(\d+)(\.|$)", hook_name)
+        stack = model.get_submodule(found[1]) if found else None
+        self.model, self.layers = model, list(stack[: int(found[2])]) if isinstance(stack, torch.nn.ModuleList) else []
+
+    def kept(self):
+        """A copy of what is kept, since layers that follow may change it in place (Falcon's do)."""
+        out = self.out
+        return out.clone() if torch.is_tensor(out) else tuple(x.clone() if torch.is_tensor(x) else x for x in out)
+
+    @contextmanager
+    def first(self):
+        def keep(module, args, output):
+            self.out = output
+            self.out = self.kept()
+
+        handles = [layer.register_forward_hook(keep) for layer in self.layers[-1:]]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def again(self):
+        own = [layer.__dict__.get("forward") for layer in self.layers]  # where another package has put one of its own
+        for layer in self.layers:
+            layer.forward = lambda *args, **kwargs: self.kept()
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.layers, own, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
+    def agrees(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether a pass with the layers below left out ends where a whole one does; else they are never left out."""
+        call = lambda: self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        with self.first():
+            whole = call()
+        try:
+            with self.again():
+                same = torch.equal(call(), whole)
+        except Exception:  # of whatever kind: a later layer misses what an earlier one leaves for it (Gemma 3n's keys and values)
+            same = False
+        if not same:
+            self.layers = []
+        return same
+
+
+def enough(sums: Tensor, tokens: Tensor, document, names: list[str], least: int = 32) -> bool:
+    """Whether the SAE's increase of cross-entropy is known well enough to say something: half of the 95 % interval is
+    at most a third of the increase, or a two-hundredth of what zero ablation costs. `sums` (windows, arms, 3) and
+    `tokens` (windows) as `text_sums` gives them; at least `least` windows, and two documents, are wanted.
+
+    The interval is that of a ratio of sums over documents (delta method). It depends on nothing but the text, so
+    that two equal runs end after the same window.
+    """
+    if len(tokens) < least:
+        return False
+    by = by_document(torch.cat([sums[:, :, 0], tokens[:, None]], 1), document)
+    rise, total = by[:, names.index("sae")] - by[:, names.index("clean")], by[:, -1]
+    mean, gap = rise.sum() / total.sum(), (by[:, names.index("zero")] - by[:, names.index("clean")]).sum() / total.sum()
+    half = 1.96 * (rise - mean * total).square().sum().sqrt() / total.sum()
+    return len(by) > 1 and bool(half <= max(mean.abs() / 3, gap / 200))
+
+
 @torch.inference_mode()
-def text_sums(model, tokenizer, arms: dict, windows: list[list[int]], keep: Path | None = None, key: str = "", minutes: float = 2.0) -> tuple[Tensor, Tensor]:
-    """(sums (windows, arms, 3) float64, the columns TEXT_SUMS; predicted tokens (windows)).
+def text_sums(
+    model, tokenizer, arms: dict, windows: list[list[int]], document=None, keep: Path | None = None, key: str = "", minutes: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """(sums (windows, arms, 3) float64, the columns TEXT_SUMS; predicted tokens (windows)), the first arm being `clean`.
 
     ce: next-token cross-entropy in nats; kl: KL(clean ‖ arm); top1_changed: tokens whose most probable
     next token is another one. BOS and special positions keep their activation in every arm.
+    Layers below the hook run once for all arms (`Below`), the head where a token is predicted (`editing.head_at`).
+    With `document` (windows,), each one's, it ends where `enough` does, and both results are as long as it got.
     With `keep`, what is done so far is written there every few minutes, and gone on with if `key` and
     the windows are the same.
     """
@@ -221,41 +315,43 @@ def text_sums(model, tokenizer, arms: dict, windows: list[list[int]], keep: Path
         if str(before["key"]) == key:
             done, sums, tokens = int(before["done"]), torch.from_numpy(before["sums"]), torch.from_numpy(before["tokens"])
             print(f"going on after {done:,} of {len(windows):,} windows")
+    ends = lambda: document is not None and enough(sums[:done], tokens[:done], document[:done], list(arms))
+    below = Below(model, next((arm[0] for arm in arms.values() if arm), ""))
+    if below.layers and not below.agrees(*sae_utils.pad(windows[:1], device=model.device)):
+        print("layers of this model share more than the residual stream: all of them run for every arm")
+    ended = ends()
     for batch in editing.batches(windows[done:], model):
+        if ended:
+            break
         ids, mask = sae_utils.pad(batch, device=model.device)
-        predicted = mask[:, 1:].bool()
-        owner = predicted.nonzero()[:, 0]
-        for a, arm in enumerate(arms.values()):
-            with editing.edit_output(model, *arm, tokenizer) if arm else nullcontext():
+        predicted = torch.zeros_like(mask, dtype=torch.bool)
+        predicted[:, :-1] = mask[:, 1:].bool()
+        said, owner = ids[:, 1:][predicted[:, :-1]], predicted.nonzero()[:, 0]
+
+        def logits_of(arm, ids=ids, mask=mask, predicted=predicted):
+            """(predicted tokens, d_vocab), float32."""
+            with editing.edit_output(model, *arm, tokenizer) if arm else nullcontext(), below.again() if arm else below.first(), editing.head_at(model, predicted):
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            logprobs = logits[:, :-1][predicted].float().log_softmax(-1)  # (tokens, d_vocab)
-            if a == 0:
-                clean, first = logprobs, logprobs.argmax(-1)
-            ce = -logprobs.gather(1, ids[:, 1:][predicted][:, None])[:, 0]
-            kl = (clean.exp() * (clean - logprobs)).sum(-1)
-            values = torch.stack([ce, kl, (logprobs.argmax(-1) != first).float()], 1)
+            return (logits[predicted] if logits.shape[:2] == ids.shape else logits[0]).float()
+
+        clean = logits_of(None)
+        p, norm, first = clean.softmax(-1), clean.logsumexp(-1), clean.argmax(-1)
+        for a, arm in enumerate(arms.values()):
+            logits = logits_of(arm) if arm else clean
+            own = logits.logsumexp(-1)
+            ce, changed = own - logits.gather(1, said[:, None])[:, 0], logits.argmax(-1) != first
+            kl = torch.linalg.vecdot(p, clean - logits) + own - norm  # the difference first: both are large, it is not
+            values = torch.stack([ce, kl, changed.float()], 1)
             sums[done : done + len(batch), a].index_add_(0, owner.cpu(), values.cpu().double())
         tokens[done : done + len(batch)] = predicted.sum(1).cpu().double()
         done += len(batch)
-        if keep and (due() or done == len(windows)):
+        ended = ends()
+        if keep and (due() or ended or done == len(windows)):
             with sae_utils.atomic(keep) as temporary, temporary.open("wb") as file:
                 np.savez(file, key=key, done=done, sums=sums, tokens=tokens)
         if told():
-            print(f"{done:,} of {len(windows):,} windows")
-    return sums, tokens
-
-
-def mean_output(model, module_name: str, windows: list[list[int]], tokenizer) -> Tensor:
-    """Mean output (d,) of a module over the text tokens of the windows, in float64 inside."""
-    total, count, special = 0.0, 0, torch.tensor(sae_utils.special_ids(tokenizer), device=model.device)
-    for batch in editing.batches(windows, model):
-        ids, mask = sae_utils.pad(batch, device=model.device)
-        text = mask.bool() & ~torch.isin(ids, special)
-        if tokenizer.bos_token_id is None:
-            text[:, 0] = False
-        kept = sae_utils.run_to_hook(model, module_name, ids, mask)[text]
-        total, count = total + kept.cpu().double().sum(0), count + len(kept)
-    return (total / count).float()
+            print(f"{done:,} of at most {len(windows):,} windows")
+    return sums[:done], tokens[:done]
 
 
 # ---------------------------------------------------------------------------------------------

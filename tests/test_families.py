@@ -8,6 +8,7 @@ from conftest import loaded_params, word_tokenizer
 
 import editing
 import features
+import fidelity
 import harvest
 import sae_utils as u
 
@@ -103,6 +104,34 @@ def test_the_norm_after_the_hook(family):
         if hook.endswith(".mlp.down_proj"):
             assert u.post_norm_name(model, hook.removesuffix(".down_proj")) == expected  # the MLP as a whole
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_passes_that_share_the_layers_below(family):
+    """The same logits bit for bit without the layers below the hook, and with the head at some positions alone."""
+    model, ids = tiny(family), torch.tensor([[3, 5, 6, 7, 8], [3, 9, 20, 4, 5]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with torch.inference_mode():
+        below = fidelity.Below(model, hook_of(model, 2))
+        assert len(below.layers) == 2 and below.agrees(ids, mask) and below.layers
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        with editing.head_at(model, mask.bool()):
+            some = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    assert some.shape == (1, 8, whole.shape[2])
+    torch.testing.assert_close(some[0], whole[mask.bool()], rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_later_layers_take_from_earlier_ones():
+    """Gemma 3n's last layers have no keys and values of their own: leaving out a layer that makes them is noticed."""
+    six = SHAPE | {"num_hidden_layers": 6, "intermediate_size": [32] * 6, "activation_sparsity_pattern": [0.0] * 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
+    config = transformers.AutoConfig.for_model(
+        "gemma3n_text", vocab_size=24, vocab_size_per_layer_input=24, hidden_size_per_layer_input=8, num_kv_shared_layers=3, laurel_rank=4, pad_token_id=0, eos_token_id=1, bos_token_id=3, **six
+    )
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), torch.tensor([[3, 5, 6, 7, 8]])
+    with torch.inference_mode():
+        early, late = (fidelity.Below(model, f"model.layers.{layer}.mlp.down_proj") for layer in (1, 4))
+        assert early.agrees(ids, torch.ones_like(ids)) and early.layers
+        assert not late.agrees(ids, torch.ones_like(ids)) and not late.layers
 
 
 def test_the_norm_inside_a_model_that_sees():

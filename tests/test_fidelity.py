@@ -38,7 +38,9 @@ def through(sae):
 
 
 def measured(model, tokenizer, sae, windows, mean, document=None):
-    arms = fidelity.arms(model, tokenizer, HOOK, windows, mean, **through(sae))
+    norm = u.post_norm_name(model, HOOK)
+    x = torch.cat([u.run_to_hook(model, HOOK, *u.pad([window]))[0, 1:] for window in windows])  # all but BOS
+    arms = fidelity.arms(HOOK, mean, (norm, fidelity.mean_after(model, norm, x, torch.arange(len(x)))), **through(sae))
     sums, tokens = fidelity.text_sums(model, tokenizer, arms, windows)
     document = torch.arange(len(windows)) if document is None else document
     x = torch.randn(200, 16)
@@ -66,7 +68,8 @@ def test_mean_ablation_after_the_norm(model, tokenizer, sae, windows):
     norm = "model.layers.1.post_feedforward_layernorm"
     assert u.post_norm_name(model, HOOK) == norm
     mean = torch.cat([u.run_to_hook(model, norm, *u.pad([window]))[0, 1:].double() for window in windows]).mean(0)  # all but BOS
-    torch.testing.assert_close(fidelity.mean_output(model, norm, windows, tokenizer).double(), mean, rtol=1e-4, atol=1e-5)
+    rows = torch.cat([u.run_to_hook(model, HOOK, *u.pad([window]))[0, 1:] for window in windows])
+    torch.testing.assert_close(fidelity.mean_after(model, norm, rows, torch.arange(len(rows)), chunk=64).double(), mean, rtol=1e-4, atol=1e-5)
     table, _ = measured(model, tokenizer, sae, windows, torch.zeros(16))
     assert table["mean_post_norm"]["ce"][0] == pytest.approx(by_hand(model, tokenizer, windows, norm, lambda x: mean.float().expand_as(x))[0], rel=1e-4)
     ce = {arm: table[arm]["ce"][0] for arm in table}
@@ -92,36 +95,95 @@ def test_without_bos_the_first_token_is_left_alone(sae, fresh_seed):
     with editing.edit_output(model, HOOK, torch.zeros_like, tokenizer):
         after = u.run_to_hook(model, HOOK, ids, torch.ones_like(ids))
     assert torch.equal(after[:, 0], before[:, 0]) and not after[:, 1:].any() and before[:, 1:].all()
-    tokens, _ = harvest.cut_windows(tokenizer, sentences(10, seed=fresh_seed), 12, 10**6)
-    windows = list(harvest.Windows(tokens["flat"], tokens["starts"]))
-    kept = torch.cat([u.run_to_hook(model, HOOK, *u.pad([w]))[0, 1:] for w in windows])
-    torch.testing.assert_close(fidelity.mean_output(model, HOOK, windows, tokenizer), kept.mean(0), rtol=1e-3, atol=1e-5)
 
 
 def test_a_measurement_that_was_stopped_goes_on_to_the_same_bits(model, tokenizer, sae, windows, tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "batches", lambda windows, model, most=4: (windows[i : i + most] for i in range(0, len(windows), most)))
-    arms, keep = fidelity.arms(model, tokenizer, HOOK, windows, torch.zeros(16), **through(sae)), tmp_path / "fidelity.npz"
+    arms, keep = fidelity.arms(HOOK, torch.zeros(16), **through(sae)), tmp_path / "fidelity.npz"
     whole = fidelity.text_sums(model, tokenizer, arms, windows)
     calls = 0
 
     def fails(module, args):
         nonlocal calls
         calls += 1
-        if calls > 5 * len(arms):  # in the sixth batch
+        if calls > 2 + 5 * len(arms):  # in the sixth batch, after the two passes of a trial
             raise KeyboardInterrupt
 
     handle = model.register_forward_pre_hook(fails)
     with pytest.raises(KeyboardInterrupt):
-        fidelity.text_sums(model, tokenizer, arms, windows, keep, "a", minutes=0)
+        fidelity.text_sums(model, tokenizer, arms, windows, None, keep, "a", minutes=0)
     handle.remove()
     assert int(np.load(keep)["done"]) == 20
     counted = []
     handle = model.register_forward_pre_hook(lambda module, args: counted.append(1))
-    again = fidelity.text_sums(model, tokenizer, arms, windows, keep, "a", minutes=0)
-    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True)) and len(counted) == len(arms) * -(-(len(windows) - 20) // 4)
-    fidelity.text_sums(model, tokenizer, arms, windows, keep, "another SAE", minutes=0)  # nothing of the first is taken over
-    assert len(counted) == len(arms) * (-(-(len(windows) - 20) // 4) + -(-len(windows) // 4))
+    again = fidelity.text_sums(model, tokenizer, arms, windows, None, keep, "a", minutes=0)
+    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True)) and len(counted) == 2 + len(arms) * -(-(len(windows) - 20) // 4)
+    fidelity.text_sums(model, tokenizer, arms, windows, None, keep, "another SAE", minutes=0)  # nothing of the first is taken over
+    assert len(counted) == 4 + len(arms) * (-(-(len(windows) - 20) // 4) + -(-len(windows) // 4))
     handle.remove()
+
+
+def test_layers_below_run_once_and_the_head_where_a_token_is_predicted(model, tokenizer, sae, windows, monkeypatch):
+    monkeypatch.setattr(editing, "batches", lambda windows, model, most=8: (windows[i : i + most] for i in range(0, len(windows), most)))
+    arms, below, heads = fidelity.arms(HOOK, torch.randn(16), **through(sae)), [], []
+    whole, _ = fidelity.text_sums(model, tokenizer, arms, windows)
+    handles = [model.model.layers[0].mlp.register_forward_hook(lambda *a: below.append(1))]
+    handles.append(model.lm_head.register_forward_hook(lambda module, args, out: heads.append(out.shape[:2].numel())))
+    again, tokens = fidelity.text_sums(model, tokenizer, arms, windows)
+    assert torch.equal(again, whole) and len(below) == 1 + -(-len(windows) // 8)  # one more in the trial
+    assert sum(heads) == len(arms) * int(tokens.sum()) + 2 * len(windows[0])
+    monkeypatch.setattr(fidelity.Below, "agrees", lambda self, ids, mask: self.layers.clear())  # all layers for all arms
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)  # and all logits
+    slow, _ = fidelity.text_sums(model, tokenizer, arms, windows)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(slow, whole, rtol=1e-5, atol=1e-5)
+    assert len(below) == 1 + (1 + len(arms)) * -(-len(windows) // 8) and model.model.layers[0].__dict__.get("forward") is None
+
+
+def test_a_model_that_shares_more_than_the_residual_stream_runs_whole(model, tokenizer, sae, windows):
+    """The last layer adds what the first one's MLP made, as some families share keys and values."""
+    arms, kept = fidelity.arms(HOOK, torch.zeros(16), **through(sae)), {}
+    handles = [model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: kept.update(out=out))]
+    handles.append(model.model.layers[2].register_forward_hook(lambda module, args, out: out + 5 * kept.pop("out")))
+    clean, count = 0.0, 0
+    for window in windows:
+        clean -= model(torch.tensor([window])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(window[1:])[:, None]).double().sum().item()
+        count += len(window) - 1
+    sums, tokens = fidelity.text_sums(model, tokenizer, arms, windows)
+    for handle in handles:
+        handle.remove()
+    assert sums[:, 0, 0].sum().item() == pytest.approx(clean, rel=1e-5) and tokens.sum() == count
+
+
+def test_measuring_ends_where_the_interval_is_narrow(model, tokenizer, sae, windows, monkeypatch, fresh_seed):
+    generator = torch.Generator().manual_seed(fresh_seed)
+    document, tokens = torch.arange(90) // 2, torch.randint(5, 20, (90,), generator=generator).double()
+    names, sums = ["clean", "sae", "zero"], torch.zeros(90, 3, 3, dtype=torch.float64)
+    noise = torch.randn(90, generator=generator, dtype=torch.float64)
+    for rise, gap, spread, expected in ((0.3, 1.0, 0.2, True), (0.3, 1.0, 3.0, False), (0.0, 50.0, 0.3, True), (0.0, 1.0, 0.3, False)):
+        sums[:, 1, 0], sums[:, 2, 0] = (rise + spread * noise) * tokens, gap * tokens
+        drawn = fidelity.redrawn(fidelity.by_document(torch.stack([sums[:, 1, 0], tokens], 1), document), 4000, 0)
+        low, high = (drawn[1:, 0] / drawn[1:, 1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        mean = (sums[:, 1, 0].sum() / tokens.sum()).item()
+        assert ((high - low) / 2 <= max(abs(mean) / 3, gap / 200)) is expected  # as the bootstrap has it
+        assert fidelity.enough(sums, tokens, document, names) is expected
+    sums[:, 1, 0] = 0.3 * tokens
+    assert fidelity.enough(sums, tokens, document, names) and not fidelity.enough(sums[:31], tokens[:31], document[:31], names)
+    assert not fidelity.enough(sums, tokens, torch.zeros(90), names)  # one document tells nothing about others
+    arms, asked = fidelity.arms(HOOK, torch.zeros(16), **through(sae)), []
+
+    def after_33(sums, tokens, document, names):
+        asked.append(len(sums) == len(tokens) == len(document) and names == list(arms))
+        return len(tokens) > 32
+
+    monkeypatch.setattr(fidelity, "enough", after_33)
+    whole, _ = fidelity.text_sums(model, tokenizer, arms, windows)
+    assert len(whole) == len(windows) > 33 and not asked  # without documents all are measured
+    monkeypatch.setattr(editing, "batches", lambda windows, model, most=1: (windows[i : i + most] for i in range(0, len(windows), most)))
+    some, predicted = fidelity.text_sums(model, tokenizer, arms, windows, torch.arange(len(windows)))
+    assert len(some) == len(predicted) == 33 and all(asked)
+    torch.testing.assert_close(some, whole[:33], rtol=1e-4, atol=1e-4)
 
 
 def test_the_digest_follows_every_number(sae):
