@@ -19,7 +19,7 @@ import editing
 import sae_utils
 
 ROW_SUMS = ("rows", "error", "distance", "cosine", "norm_ratio", "active")
-TEXT_SUMS = ("ce", "kl", "top1_changed")
+TEXT_SUMS = ("ce", "rise", "kl", "top1_changed", "tokens")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,45 +277,47 @@ class Below:
         return same
 
 
-def enough(sums: Tensor, tokens: Tensor, document, names: list[str], least: int = 32) -> bool:
+def enough(sums: Tensor, document, names: list[str], least: int = 32) -> bool:
     """Whether the SAE's increase of cross-entropy is known well enough to say something: half of the 95 % interval is
-    at most a third of the increase, or a two-hundredth of what zero ablation costs. `sums` (windows, arms, 3) and
-    `tokens` (windows) as `text_sums` gives them; at least `least` windows, and two documents, are wanted.
+    at most a third of the increase, or a two-hundredth of what zero ablation costs. `sums` (windows, arms, 5) as
+    `text_sums` gives them; at least `least` windows, and two documents, are wanted.
 
     The interval is that of a ratio of sums over documents (delta method). It depends on nothing but the text, so
     that two equal runs end after the same window.
     """
-    if len(tokens) < least:
+    if len(sums) < least:
         return False
-    by = by_document(torch.cat([sums[:, :, 0], tokens[:, None]], 1), document)
-    rise, total = by[:, names.index("sae")] - by[:, names.index("clean")], by[:, -1]
-    mean, gap = rise.sum() / total.sum(), (by[:, names.index("zero")] - by[:, names.index("clean")]).sum() / total.sum()
+    by = by_document(sums[:, [names.index("sae"), names.index("zero")]], document)
+    (rise, gap), (total, _) = by[..., TEXT_SUMS.index("rise")].T, by[..., -1].T
+    mean, gap = rise.sum() / total.sum(), gap.sum() / by[:, 1, -1].sum()
     half = 1.96 * (rise - mean * total).square().sum().sqrt() / total.sum()
     return len(by) > 1 and bool(half <= max(mean.abs() / 3, gap / 200))
 
 
 @torch.inference_mode()
 def text_sums(
-    model, tokenizer, arms: dict, windows: list[list[int]], document=None, keep: Path | None = None, key: str = "", minutes: float = 2.0
-) -> tuple[Tensor, Tensor]:
-    """(sums (windows, arms, 3) float64, the columns TEXT_SUMS; predicted tokens (windows)), the first arm being `clean`.
+    model, tokenizer, arms: dict, windows: list[list[int]], document=None, keep: Path | None = None, key: str = "", minutes: float = 2.0, baselines_every: int = 1
+) -> Tensor:
+    """Sums (windows, arms, 5) float64, the columns TEXT_SUMS; the first arm is `clean`.
 
-    ce: next-token cross-entropy in nats; kl: KL(clean ‖ arm); top1_changed: tokens whose most probable
-    next token is another one. BOS and special positions keep their activation in every arm.
+    ce: next-token cross-entropy in nats; rise: over the clean one, on the same tokens; kl: KL(clean ‖ arm);
+    top1_changed: tokens whose most probable next token is another one; tokens: how many were predicted. BOS and
+    special positions keep their activation in every arm. Arms other than clean and sae are measured in one of
+    `baselines_every` batches of windows, and have no tokens in the others: they matter less, and are further off.
     Layers below the hook run once for all arms (`Below`), the head where a token is predicted (`editing.head_at`).
-    With `document` (windows,), each one's, it ends where `enough` does, and both results are as long as it got.
+    With `document` (windows,), each one's, it ends where `enough` does, and the result is as long as it got.
     With `keep`, what is done so far is written there every few minutes, and gone on with if `key` and
     the windows are the same.
     """
-    sums, tokens = torch.zeros(len(windows), len(arms), len(TEXT_SUMS), dtype=torch.float64), torch.zeros(len(windows), dtype=torch.float64)
-    key = hashlib.sha256(repr((key, list(arms), windows)).encode()).hexdigest()
-    done, due, told = 0, sae_utils.Every(60 * minutes), sae_utils.Every(10, longest=60)
+    sums = torch.zeros(len(windows), len(arms), len(TEXT_SUMS), dtype=torch.float64)
+    key = hashlib.sha256(repr((key, list(arms), baselines_every, windows)).encode()).hexdigest()
+    done, number, due, told = 0, 0, sae_utils.Every(60 * minutes), sae_utils.Every(10, longest=60)
     if keep and keep.exists():
         before = np.load(keep)
         if str(before["key"]) == key:
-            done, sums, tokens = int(before["done"]), torch.from_numpy(before["sums"]), torch.from_numpy(before["tokens"])
+            done, number, sums = int(before["done"]), int(before["number"]), torch.from_numpy(before["sums"])
             print(f"going on after {done:,} of {len(windows):,} windows")
-    ends = lambda: document is not None and enough(sums[:done], tokens[:done], document[:done], list(arms))
+    ends = lambda: document is not None and enough(sums[:done], document[:done], list(arms))
     below = Below(model, next((arm[0] for arm in arms.values() if arm), ""))
     if below.layers and not below.agrees(*sae_utils.pad(windows[:1], device=model.device)):
         print("layers of this model share more than the residual stream: all of them run for every arm")
@@ -336,22 +338,24 @@ def text_sums(
 
         clean = logits_of(None)
         p, norm, first = clean.softmax(-1), clean.logsumexp(-1), clean.argmax(-1)
-        for a, arm in enumerate(arms.values()):
+        clean_ce = norm - clean.gather(1, said[:, None])[:, 0]
+        for a, (name, arm) in enumerate(arms.items()):
+            if name not in ("clean", "sae") and number % baselines_every:
+                continue
             logits = logits_of(arm) if arm else clean
             own = logits.logsumexp(-1)
             ce, changed = own - logits.gather(1, said[:, None])[:, 0], logits.argmax(-1) != first
             kl = torch.linalg.vecdot(p, clean - logits) + own - norm  # the difference first: both are large, it is not
-            values = torch.stack([ce, kl, changed.float()], 1)
+            values = torch.stack([ce, ce - clean_ce, kl, changed.float(), torch.ones_like(ce)], 1)
             sums[done : done + len(batch), a].index_add_(0, owner.cpu(), values.cpu().double())
-        tokens[done : done + len(batch)] = predicted.sum(1).cpu().double()
-        done += len(batch)
+        done, number = done + len(batch), number + 1
         ended = ends()
         if keep and (due() or ended or done == len(windows)):
             with sae_utils.atomic(keep) as temporary, temporary.open("wb") as file:
-                np.savez(file, key=key, done=done, sums=sums, tokens=tokens)
+                np.savez(file, key=key, done=done, number=number, sums=sums)
         if told():
             print(f"{done:,} of at most {len(windows):,} windows")
-    return sums[:done], tokens[:done]
+    return sums[:done]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -378,33 +382,33 @@ def redrawn(sums: Tensor, n: int, seed: int) -> Tensor:
     return (weights @ sums.reshape(documents, -1)).reshape(1 + n, *sums.shape[1:])
 
 
-def table(names: list[str], text: Tensor, tokens: Tensor, rows: dict[str, Tensor], n: int = 1000, seed: int = 0) -> dict[str, dict]:
+def table(names: list[str], text: Tensor, rows: dict[str, Tensor], n: int = 1000, seed: int = 0) -> dict[str, dict]:
     """{arm: {figure: (value, low, high)}}, low and high bounding 95 % of the bootstrap over documents.
 
-    `text` (documents, arms, 3) and `tokens` (documents) as `text_sums` gives them, summed over each
-    document's windows; `rows` {arm: `row_sums`}. ce, ce_increase (over clean), kl and top1_changed are
-    means over tokens; ce_recovered and ce_recovered_mean as `recovered`, against zero and against the mean
-    (after the norm, where one follows); fvu, cosine, norm_ratio, l0 from the rows. None: it says nothing.
+    `text` (documents, arms, 5) as `text_sums` gives them, summed over each document's windows; `rows` {arm:
+    `row_sums`}. ce_increase (over clean), kl and top1_changed are means over the tokens that the arm was measured
+    on; ce is that of clean, over all tokens, and the increase; ce_recovered and ce_recovered_mean as `recovered`,
+    against zero and against the mean (after the norm, where one follows); fvu, cosine, norm_ratio, l0 from the
+    rows. None: it says nothing.
     """
-    drawn = redrawn(torch.cat([text.flatten(1), tokens[:, None]], 1), n, seed)
-    means = (drawn[:, :-1] / drawn[:, -1:]).reshape(1 + n, len(names), len(TEXT_SUMS))
-    ce = {name: means[:, a, 0] for a, name in enumerate(names)}
-    result = {}
+    drawn = redrawn(text, n, seed)
+    ce, rise, kl, changed = (drawn[..., :-1] / drawn[..., -1:]).unbind(-1)  # each (1 + n, arms)
+    rises, result = dict(zip(names, rise.unbind(1), strict=True)), {}
     for a, name in enumerate(names):
-        figures = {"ce": ce[name]}
+        figures = {"ce": ce[:, names.index("clean")] + rises[name]}
         if name != "clean":
-            figures |= {"ce_increase": ce[name] - ce["clean"], "kl": means[:, a, 1], "top1_changed": means[:, a, 2]}
+            figures |= {"ce_increase": rises[name], "kl": kl[:, a], "top1_changed": changed[:, a]}
         if name in rows:
             for figure, anchor in (("ce_recovered", "zero"), ("ce_recovered_mean", "mean_post_norm" if "mean_post_norm" in names else "mean")):
-                gap = ce[anchor] - ce["clean"]
-                figures[figure] = None if gap[0] < 0.01 else (ce[anchor] - ce[name]) / gap.clamp_min(1e-9)
+                gap = rises[anchor]
+                figures[figure] = None if gap[0] < 0.01 else (gap - rises[name]) / gap.clamp_min(1e-9)
             count, error, distance, cosine, norm_ratio, active = redrawn(rows[name], n, seed).unbind(1)
             figures |= {
                 "fvu": error / distance if distance[0] > 0 else None, "cosine": cosine / count, "norm_ratio": norm_ratio / count, "l0": active / count,
             }  # fmt: skip
         result[name] = {
-            figure: None if values is None else tuple([values[0].item(), *values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()])
-            for figure, values in figures.items()
+            figure: None if values is None else tuple([values[0].item(), *values[1:].nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()])
+            for figure, values in figures.items()  # not a number: none of the documents drawn was measured in this arm
         }
     return result
 

@@ -542,6 +542,11 @@ def open_rows(folder: Path, non_finite: str = "refuse") -> Rows:
     return Rows(rows, *columns, windows, torch.from_numpy(arrays["window_document"]).long(), finite, manifest, folder)
 
 
+def is_stored(loaded: dict, hook_name: str, cache: Path) -> bool:
+    """Whether a whole harvest of these rows is in `cache`."""
+    return (cache / digest_of(activation_key(loaded, hook_name))[:16]).exists()
+
+
 def get_rows(model, tokenizer, hook_name: str, loaded: dict, cache: Path, announce=None) -> Rows:
     """Rows from the folder `cache` that runs share, harvested first where they are not there yet.
 

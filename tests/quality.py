@@ -88,8 +88,9 @@ def on_text(options, recipes: dict) -> list[dict]:
         sae = train(rows.activations, first, 8, options.steps, **recipe)
         seconds = time.perf_counter() - begin
         scores = sae_utils.score_rows(sae, rows.activations, other)
-        arms = fidelity.arms(model, tokenizer, hook, texts, mean, sae=partial(fidelity.through_sae, sae))
-        ce = (fidelity.text_sums(model, tokenizer, arms, texts)[0].sum(0)[:, 0] / sum(len(text) - 1 for text in texts)).tolist()
+        arms = fidelity.arms(hook, mean, sae=partial(fidelity.through_sae, sae))
+        sums = fidelity.text_sums(model, tokenizer, arms, texts).sum(0)
+        ce = (sums[:, 0] / sums[:, -1]).tolist()
         clean, spliced, zero = ce[:3]
         results.append({"recipe": name, "fvu": scores["fvu"], "l0": scores["l0"], "dead": scores["dead"], "ce_recovered": fidelity.recovered(clean, spliced, zero), "seconds": seconds})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)

@@ -41,11 +41,11 @@ def measured(model, tokenizer, sae, windows, mean, document=None):
     norm = u.post_norm_name(model, HOOK)
     x = torch.cat([u.run_to_hook(model, HOOK, *u.pad([window]))[0, 1:] for window in windows])  # all but BOS
     arms = fidelity.arms(HOOK, mean, (norm, fidelity.mean_after(model, norm, x, torch.arange(len(x)))), **through(sae))
-    sums, tokens = fidelity.text_sums(model, tokenizer, arms, windows)
+    sums = fidelity.text_sums(model, tokenizer, arms, windows)
     document = torch.arange(len(windows)) if document is None else document
     x = torch.randn(200, 16)
     rows = {"sae": fidelity.row_sums(through(sae)["sae"], x, torch.arange(200), torch.arange(200) // 7)}
-    return fidelity.table(list(arms), fidelity.by_document(sums, document), fidelity.by_document(tokens, document), rows, n=200), tokens
+    return fidelity.table(list(arms), fidelity.by_document(sums, document), rows, n=200), sums[:, 0, -1]
 
 
 def test_cross_entropies_against_one_window_at_a_time(model, tokenizer, sae, windows):
@@ -117,7 +117,7 @@ def test_a_measurement_that_was_stopped_goes_on_to_the_same_bits(model, tokenize
     counted = []
     handle = model.register_forward_pre_hook(lambda module, args: counted.append(1))
     again = fidelity.text_sums(model, tokenizer, arms, windows, None, keep, "a", minutes=0)
-    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True)) and len(counted) == 2 + len(arms) * -(-(len(windows) - 20) // 4)
+    assert torch.equal(again, whole) and len(counted) == 2 + len(arms) * -(-(len(windows) - 20) // 4)
     fidelity.text_sums(model, tokenizer, arms, windows, None, keep, "another SAE", minutes=0)  # nothing of the first is taken over
     assert len(counted) == 4 + len(arms) * (-(-(len(windows) - 20) // 4) + -(-len(windows) // 4))
     handle.remove()
@@ -126,15 +126,15 @@ def test_a_measurement_that_was_stopped_goes_on_to_the_same_bits(model, tokenize
 def test_layers_below_run_once_and_the_head_where_a_token_is_predicted(model, tokenizer, sae, windows, monkeypatch):
     monkeypatch.setattr(editing, "batches", lambda windows, model, most=8: (windows[i : i + most] for i in range(0, len(windows), most)))
     arms, below, heads = fidelity.arms(HOOK, torch.randn(16), **through(sae)), [], []
-    whole, _ = fidelity.text_sums(model, tokenizer, arms, windows)
+    whole = fidelity.text_sums(model, tokenizer, arms, windows)
     handles = [model.model.layers[0].mlp.register_forward_hook(lambda *a: below.append(1))]
     handles.append(model.lm_head.register_forward_hook(lambda module, args, out: heads.append(out.shape[:2].numel())))
-    again, tokens = fidelity.text_sums(model, tokenizer, arms, windows)
+    again = fidelity.text_sums(model, tokenizer, arms, windows)
     assert torch.equal(again, whole) and len(below) == 1 + -(-len(windows) // 8)  # one more in the trial
-    assert sum(heads) == len(arms) * int(tokens.sum()) + 2 * len(windows[0])
+    assert sum(heads) == len(arms) * int(whole[:, 0, -1].sum()) + 2 * len(windows[0])
     monkeypatch.setattr(fidelity.Below, "agrees", lambda self, ids, mask: self.layers.clear())  # all layers for all arms
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)  # and all logits
-    slow, _ = fidelity.text_sums(model, tokenizer, arms, windows)
+    slow = fidelity.text_sums(model, tokenizer, arms, windows)
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(slow, whole, rtol=1e-5, atol=1e-5)
@@ -150,40 +150,63 @@ def test_a_model_that_shares_more_than_the_residual_stream_runs_whole(model, tok
     for window in windows:
         clean -= model(torch.tensor([window])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(window[1:])[:, None]).double().sum().item()
         count += len(window) - 1
-    sums, tokens = fidelity.text_sums(model, tokenizer, arms, windows)
+    sums = fidelity.text_sums(model, tokenizer, arms, windows)
     for handle in handles:
         handle.remove()
-    assert sums[:, 0, 0].sum().item() == pytest.approx(clean, rel=1e-5) and tokens.sum() == count
+    assert sums[:, 0, 0].sum().item() == pytest.approx(clean, rel=1e-5) and (sums[:, :, -1].sum(0) == count).all()
 
 
 def test_measuring_ends_where_the_interval_is_narrow(model, tokenizer, sae, windows, monkeypatch, fresh_seed):
     generator = torch.Generator().manual_seed(fresh_seed)
     document, tokens = torch.arange(90) // 2, torch.randint(5, 20, (90,), generator=generator).double()
-    names, sums = ["clean", "sae", "zero"], torch.zeros(90, 3, 3, dtype=torch.float64)
+    names, sums = ["clean", "sae", "zero"], torch.zeros(90, 3, 5, dtype=torch.float64)
+    sums[:, :, -1] = tokens[:, None]
     noise = torch.randn(90, generator=generator, dtype=torch.float64)
     for rise, gap, spread, expected in ((0.3, 1.0, 0.2, True), (0.3, 1.0, 3.0, False), (0.0, 50.0, 0.3, True), (0.0, 1.0, 0.3, False)):
-        sums[:, 1, 0], sums[:, 2, 0] = (rise + spread * noise) * tokens, gap * tokens
-        drawn = fidelity.redrawn(fidelity.by_document(torch.stack([sums[:, 1, 0], tokens], 1), document), 4000, 0)
+        sums[:, 1, 1], sums[:, 2, 1] = (rise + spread * noise) * tokens, gap * tokens
+        drawn = fidelity.redrawn(fidelity.by_document(torch.stack([sums[:, 1, 1], tokens], 1), document), 4000, 0)
         low, high = (drawn[1:, 0] / drawn[1:, 1]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        mean = (sums[:, 1, 0].sum() / tokens.sum()).item()
+        mean = (sums[:, 1, 1].sum() / tokens.sum()).item()
         assert ((high - low) / 2 <= max(abs(mean) / 3, gap / 200)) is expected  # as the bootstrap has it
-        assert fidelity.enough(sums, tokens, document, names) is expected
-    sums[:, 1, 0] = 0.3 * tokens
-    assert fidelity.enough(sums, tokens, document, names) and not fidelity.enough(sums[:31], tokens[:31], document[:31], names)
-    assert not fidelity.enough(sums, tokens, torch.zeros(90), names)  # one document tells nothing about others
+        assert fidelity.enough(sums, document, names) is expected
+    sums[:, 1, 1] = 0.3 * tokens
+    assert fidelity.enough(sums, document, names) and not fidelity.enough(sums[:31], document[:31], names)
+    assert not fidelity.enough(sums, torch.zeros(90), names)  # one document tells nothing about others
     arms, asked = fidelity.arms(HOOK, torch.zeros(16), **through(sae)), []
 
-    def after_33(sums, tokens, document, names):
-        asked.append(len(sums) == len(tokens) == len(document) and names == list(arms))
-        return len(tokens) > 32
+    def after_33(sums, document, names):
+        asked.append(len(sums) == len(document) and names == list(arms))
+        return len(sums) > 32
 
     monkeypatch.setattr(fidelity, "enough", after_33)
-    whole, _ = fidelity.text_sums(model, tokenizer, arms, windows)
+    whole = fidelity.text_sums(model, tokenizer, arms, windows)
     assert len(whole) == len(windows) > 33 and not asked  # without documents all are measured
     monkeypatch.setattr(editing, "batches", lambda windows, model, most=1: (windows[i : i + most] for i in range(0, len(windows), most)))
-    some, predicted = fidelity.text_sums(model, tokenizer, arms, windows, torch.arange(len(windows)))
-    assert len(some) == len(predicted) == 33 and all(asked)
+    some = fidelity.text_sums(model, tokenizer, arms, windows, torch.arange(len(windows)))
+    assert len(some) == 33 and all(asked)
     torch.testing.assert_close(some, whole[:33], rtol=1e-4, atol=1e-4)
+
+
+def test_baselines_on_some_of_the_batches(model, tokenizer, sae, windows, monkeypatch, tmp_path):
+    monkeypatch.setattr(editing, "batches", lambda windows, model, most=4: (windows[i : i + most] for i in range(0, len(windows), most)))
+    arms, keep = fidelity.arms(HOOK, torch.randn(16), **through(sae)), tmp_path / "fidelity.npz"
+    whole = fidelity.text_sums(model, tokenizer, arms, windows)
+    some = fidelity.text_sums(model, tokenizer, arms, windows, None, keep, "a", minutes=0, baselines_every=3)
+    third = torch.arange(len(windows)) // 4 % 3 == 0
+    assert torch.equal(some[:, :2], whole[:, :2]) and torch.equal(some[third], whole[third]) and not some[~third, 2:].any()
+    before = dict(np.load(keep))
+    before["sums"][20:] = 0
+    np.savez(keep, **before | {"done": 20, "number": 5})  # as if it had been stopped there
+    assert torch.equal(fidelity.text_sums(model, tokenizer, arms, windows, None, keep, "a", baselines_every=3), some)
+    table = fidelity.table(list(arms), some, {}, n=100)
+    clean, zero = whole[:, 0], whole[third, 2]
+    expected = (zero[:, 0] - whole[third, 0, 0]).sum() / zero[:, -1].sum()
+    assert table["zero"]["ce_increase"][0] == pytest.approx(expected.item(), rel=1e-5)
+    assert table["zero"]["ce"][0] == pytest.approx((clean[:, 0].sum() / clean[:, -1].sum() + expected).item(), rel=1e-5)
+    few = torch.zeros(9, 3, 5, dtype=torch.float64)
+    few[..., -1], few[:, 1, 1], few[1:, 2] = 4, 2, 0  # many draws leave out the only document of the last arm
+    few[0, 2, 1] = 8
+    assert fidelity.table(["clean", "sae", "zero"], few, {}, n=200)["zero"]["ce_increase"] == (2, 2, 2)
 
 
 def test_the_digest_follows_every_number(sae):
@@ -339,12 +362,12 @@ def test_recovered_by_hand():
 
 
 def test_a_ratio_that_says_nothing_is_said_so():
-    sums = torch.zeros(4, 3, 3, dtype=torch.float64)
-    sums[:, :, 0] = torch.tensor([2.0, 2.3, 2.001])  # clean, sae, zero
+    sums = torch.zeros(4, 3, 5, dtype=torch.float64)
+    sums[:, 0, 0], sums[:, :, 1], sums[:, :, -1] = 2.0, torch.tensor([0.0, 0.3, 0.001]), 1  # clean, sae, zero
     rows = {"sae": torch.ones(4, 6, dtype=torch.float64)}
     names = ["clean", "sae", "zero", "mean"]
     sums = torch.cat([sums, sums[:, 2:]], 1)
-    table = fidelity.table(names, sums, torch.ones(4, dtype=torch.float64), rows, n=20)
+    table = fidelity.table(names, sums, rows, n=20)
     assert table["sae"]["ce_recovered"] is None and table["sae"]["ce_increase"][0] == pytest.approx(0.3)
     lines = fidelity.cells(table)
     assert lines[0] == ["", "untouched", "this\nSAE", "mean", "zero"]
