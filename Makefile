@@ -144,16 +144,21 @@ test-browser: $(READY) ## search and click through a run's features.html in head
 smoke: $(READY) ## only the notebooks, on a smaller world, in two minutes
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests/smoke.py
 
+.PHONY: test-real
+test-real: $(READY) ## what matters on a real model, in some minutes: MODEL=path LAYER=n [DATASET=]
+	$(if $(and $(MODEL),$(LAYER)),,$(error say which: make test-real MODEL=path LAYER=n))HF_HUB_OFFLINE=1 MODEL='$(abspath $(MODEL))' LAYER='$(LAYER)' DATASET='$(DATASET)' $(PY) -m pytest -q tests/real.py
+
 PART ?=
 .PHONY: bench bench-peers
-bench-peers: ## the same training step in SAELens and dictionary_learning, in an environment of its own
+bench-peers: ## the same training step in SAELens and dictionary_learning, in an environment of its own [PART=peers-run MODEL= DATASET= LAYER=: harvest and cross-entropies]
 	@test -x .venv-peers/bin/python || { $(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install --quiet $$(grep '^torch==' requirements.txt); }
 	.venv-peers/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens dictionary-learning
 	.venv-peers/bin/pip uninstall --quiet --yes torchvision  # its build need not match torch's, and nothing here uses it
-	TQDM_DISABLE=1 .venv-peers/bin/python tests/bench.py peers
+	TQDM_DISABLE=1 .venv-peers/bin/python $(if $(filter peers-run,$(PART)),$(BENCH),tests/bench.py peers)
 
-bench: $(READY) ## ratios against other ways of doing the same, into runs/bench.json: [PART=harvest]
-	$(PY) tests/bench.py $(PART)
+BENCH = tests/bench.py $(PART) $(if $(MODEL),--model '$(MODEL)') $(if $(DATASET),--text '$(DATASET)') $(if $(LAYER),--layer '$(LAYER)')
+bench: $(READY) ## ratios against other ways of doing the same, into runs/bench.json: [PART=harvest; PART=run MODEL= DATASET= LAYER= P=: a whole run, stage by stage]
+	$(PY) $(BENCH) $(if $(filter run,$(PART)),$(P))
 
 .PHONY: clean
 clean: ## delete what can be rebuilt: stored activations, the tiny model, Python's caches

@@ -1,15 +1,17 @@
 """What each stage of a run will take, in time and memory, from short trials of its own work before anything slow."""
 
+import io
 import os
 import time
 
 import torch
+from matplotlib.figure import Figure
 
 import sae_utils
 import training
 
 PLACES = 20 * 17  # shown of each latent, and the tokens around each, whose activations are worked out one by one
-PAGE_SECONDS = 0.005  # for each latent on features.html and in its data, on one core of a server of 2023
+FIGURES = 150  # as many small figures are drawn in the time that pages, report, TensorBoard and start take, as measured
 
 
 def seconds(work) -> float:
@@ -20,6 +22,13 @@ def seconds(work) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begin
+
+
+def draw() -> None:
+    """A small figure into memory, as a trial of what pages cost."""
+    figure = Figure()
+    figure.subplots().plot(range(100))
+    figure.savefig(io.BytesIO())
 
 
 @torch.no_grad()
@@ -46,6 +55,7 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
     near = seconds(lambda: (x @ sae.W_dec.T).argmax(-1)) / len(x)
     part = torch.randn(d_in, min(vocab, 16384), generator=generator).to(device)  # of the head
     head = seconds(lambda: [(sign * (sae.W_dec[:256] @ part)).topk(10, dim=1) for sign in (1, -1)]) / min(256, d_sae) * vocab / part.shape[1]
+    figure = seconds(draw)
     few = seconds(lambda: sae.encode(x[:1024], torch.arange(min(64, d_sae), device=device))) / 1024
 
     steps = params["epochs"] * -(-int(n - held_out) // params["batch_size"])
@@ -62,7 +72,7 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
         {"stage": "cross-entropies", "seconds": min(64, params["eval_windows"]) * window, "at_most": params["eval_windows"] * window, "bytes": 4 * min(4, 2**27 // (logits // 4) + 1) * logits},
         {"stage": "contexts", "seconds": n * 2 * encode + d_sae * PLACES * few, "bytes": d_sae * 320 * 16 + 160_000_000},
         {"stage": "effects", "seconds": d_sae * head + 20 * 2 * 16 * length / 2 * to_hook * 2, "bytes": 4 * vocab * (d_in + 256)},
-        {"stage": "pages and files", "seconds": 20 + d_sae * PAGE_SECONDS, "bytes": d_sae * 4000},
+        {"stage": "pages, start and rest", "seconds": FIGURES * figure + d_sae * 5e4 * figure / 1e6, "bytes": d_sae * 4000},
     ]  # fmt: skip
 
 

@@ -8,10 +8,14 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
+import re
 import resource
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -473,19 +477,116 @@ def bench_patching(rounds: int, quick: bool) -> list[dict]:
     return rows
 
 
+# ---------------------------------------------------------------------------------------------
+# run: a whole run on a real model, stage by stage
+# ---------------------------------------------------------------------------------------------
+
+# Which stage of budget.stages a cell of sae_training.ipynb belongs to, by what it calls; the first that fits.
+STAGE_OF = {
+    "harvest.get_rows(": "activations", "training.shuffled_batches(": "training", "training.settle(": "training", "fidelity.text_sums(": "cross-entropies",
+    "score_rows(": "scores and baselines", "fidelity.kmeans(": "scores and baselines", "harvest.spectrum(": "scores and baselines", "activation_stats(": "scores and baselines",
+    "features.contexts(": "contexts", "features.shares(": "contexts", "features.token_effects(": "effects", "features.measured_effect(": "effects",
+    "features.write_page(": "pages, start and rest", "show(report.": "pages, start and rest", "report.open_report(": "pages, start and rest", "write_overview(": "pages, start and rest",
+}  # fmt: skip
+
+
+def stage_seconds(notebook: dict) -> dict[str, float]:
+    """Seconds of each stage of an executed notebook, by papermill's own times; cells of none count as start and rest."""
+    seconds = dict.fromkeys(STAGE_OF.values(), 0.0)
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        stage = next((stage for call, stage in STAGE_OF.items() if call in source), "pages, start and rest") if "def show(" not in source else "pages, start and rest"
+        seconds[stage] += cell["metadata"].get("papermill", {}).get("duration") or 0.0
+    return seconds
+
+
+def bench_run(model: str, text: str, layer: int, more: list[str]) -> list[dict]:
+    """A run of sae_training.ipynb in runs/bench-run: seconds of every stage, beside what the card said of it."""
+    flags = [f for name, value in (("model_name", model), ("dataset_name", text), ("layer", str(layer))) for f in ("-p", name, value)]
+    folder = ROOT / "runs" / "bench-run"
+    shutil.rmtree(folder, ignore_errors=True)
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / "notebooks" / "experiment.py"), "sae_training", *flags, *more, "-p", "run_dir", "runs/bench-run"], check=True)
+    whole = time.perf_counter() - begin
+    notebook = json.loads((folder / "sae_training.ipynb").read_text())
+    said = {}
+    for output in (output for cell in notebook["cells"] for output in cell.get("outputs", [])):
+        for name, value, unit in re.findall(r"^ *([a-z, -]+): +(\d+) (seconds|minutes|hours)", "".join(output.get("text", "")), re.MULTILINE):
+            said[name] = int(value) * {"seconds": 1, "minutes": 60, "hours": 3600}[unit]
+    found = stage_seconds(notebook) | {"in all": whole}
+    rows = [
+        {"part": "run", "case": f"{Path(model).name}, layer {layer}: {stage}", "ours": took, "other": float(said.get(stage, math.nan)), "ratio": said.get(stage, math.nan) / took if took else math.nan, "machine": machine()}
+        for stage, took in found.items()
+    ]  # fmt: skip
+    table("seconds of each stage (other: what the card said before)", rows)
+    return rows
+
+
+def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int = 32) -> list[dict]:
+    """Harvest and cross-entropies beside SAELens's, on the same text with documents kept apart and the same windows:
+    its ActivationsStore and `get_recons_loss`, the model being what its `load_model` makes of any transformers model."""
+    import datasets
+    import sae_lens
+    from sae_lens.evals import get_recons_loss
+    from sae_lens.load_model import HookedProxyLM
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from sae_lens.training.activations_store import ActivationsStore
+
+    import experiment
+    import fidelity
+
+    params = experiment.check_params("sae_training", {"model_name": model, "dataset_name": text, "layer": layer})
+    hook, (lm, tokenizer) = sae_utils.find_hook(model, layer), sae_utils.load_model(model)
+    documents = list(harvest.open_text(params))
+    cut, _ = harvest.cut_windows(tokenizer, documents, 128, 10**9)
+    full = [window for window in harvest.Windows(cut["flat"], cut["starts"]) if len(window) == 128][:windows]  # theirs knows no shorter ones
+    d_in = sae_utils.run_to_hook(lm, hook, torch.tensor(full[:1]), None).shape[2]
+    x = sae_utils.run_to_hook(lm, hook, torch.tensor(full[:4]), None)[:, 1:].flatten(0, 1)
+    sae = sae_with_l0(d_in, 8 * d_in, 32, torch.nn.functional.normalize(x - x.mean(0), dim=1))
+    theirs = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=d_in, d_sae=8 * d_in))
+    theirs.load_state_dict({name: value for name, value in sae.state_dict().items() if name in theirs.state_dict()})
+    proxy = HookedProxyLM(lm, tokenizer, hook_names=[hook])
+    store = ActivationsStore(
+        proxy, datasets.Dataset.from_dict({"text": documents}), streaming=False, hook_name=hook, hook_head_index=None, context_size=128, d_in=d_in, n_batches_in_buffer=8,
+        total_training_tokens=10**9, store_batch_size_prompts=16, train_batch_size_tokens=512, prepend_bos=True, normalize_activations="none", device=torch.device("cpu"),
+        dtype="float32", disable_concat_sequences=True,
+    )  # fmt: skip
+    arms = {name: arm for name, arm in fidelity.arms(hook, x.mean(0), sae=lambda x: fidelity.through_sae(sae, x)).items() if name != "mean"}
+
+    def recons():
+        for start in range(0, len(full), 4):
+            get_recons_loss(theirs, proxy, ActivationScaler(), torch.tensor(full[start : start + 4]), True, True, hook_name=hook)
+
+    ways = {
+        "harvest": {"ours": lambda: timed_harvest(lm, [hook], full, "float32"), "SAELens": lambda: [store.get_activations(store.get_batch_tokens(16)) for _ in range(len(full) // 16)]},
+        "cross-entropies (clean, SAE, zero)": {"ours": lambda: fidelity.text_sums(lm, tokenizer, arms, full), "SAELens": recons},
+    }  # fmt: skip
+    rows = []
+    for case, two in ways.items():
+        seconds = interleaved(two, rounds)
+        rows.append({"part": "peers-run", "case": f"{Path(model).name}, layer {layer}: {case}", "ours": len(full) * 128 / seconds["ours"], "other": len(full) * 128 / seconds["SAELens"], "ratio": seconds["SAELens"] / seconds["ours"], "machine": machine()})
+    table("tokens per second (other: SAELens)", rows)
+    return rows
+
+
 PARTS = {"harvest": bench_harvest, "memory": bench_memory, "features": bench_features, "training": bench_training, "patching": bench_patching, "peers": bench_peers}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all but peers, where none is named")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="What follows is for run: -p name value.")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "run", "peers-run", []], help="all but run and those with peers, where none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
-    options = parser.parse_args()
+    parser.add_argument("--model", default="runs/tiny-model", help="for run and peers-run")
+    parser.add_argument("--text", default="runs/tiny-world/corpus.jsonl")
+    parser.add_argument("--layer", type=int, default=1)
+    options, more = parser.parse_known_args()
     file = ROOT / "runs" / "bench.json"
     known = json.loads(file.read_text()) if file.exists() else []
+    about = options.model, options.text, options.layer
+    special = {"run": lambda: bench_run(*about, more), "peers-run": lambda: bench_peers_run(*about, options.rounds)}
     for part in options.parts or [name for name in PARTS if name != "peers"]:
-        rows = PARTS[part](options.rounds, options.quick)
+        rows = special[part]() if part in special else PARTS[part](options.rounds, options.quick)
         known = [row for row in known if row["part"] != part or row["machine"] != rows[0]["machine"]] + rows
         sae_utils.write_json(file, known)
 
