@@ -45,7 +45,7 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
     generator = torch.Generator().manual_seed(0)
     batch = max(1, (2048 if device.type == "cpu" else 16384) // length)
     ids = torch.randint(vocab, (batch, length), generator=generator).to(device)
-    x = torch.randn(4096, d_in, generator=generator).to(device)
+    x = torch.randn(max(4096, params["batch_size"]), d_in, generator=generator).to(device)
     sae.fit_scale(sae.normalise(x)[0])
 
     to_hook = seconds(lambda: sae_utils.run_to_hook(model, hook_name, ids, None)) / ids.numel()
