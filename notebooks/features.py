@@ -122,7 +122,9 @@ def contexts(sae: sae_utils.SAE, activations: Tensor, index: Tensor, document: T
 
 def token_classes(pieces: list[str]) -> Tensor:
     """(len(pieces), CLASSES) boolean: simple classes of tokens by their text. They overlap: " Paris" is
-    a capital and the start of a word. "in a word" goes on with one: letters without a space before."""
+    a capital and the start of a word. "in a word" goes on with one: letters without a space before. A part
+    of a character (`sae_utils.Bytes`) is in none."""
+    pieces = ["" if isinstance(piece, sae_utils.Bytes) else piece for piece in pieces]
     word = [piece.strip() for piece in pieces]
     return torch.tensor([
         [any(map(str.isdigit, w)), w[:1].isupper(), bool(w) and not any(map(str.isalnum, w)), p[:1].isspace() and w[:1].isalpha(), p[:1].isalpha()]
@@ -390,13 +392,14 @@ def card(saved: dict, latent: int, as_text, label: str = "", n: int = 5) -> str:
     """HTML of one latent, of what features.npz holds: where it fires most (n places), a place from every
     other tenth of its activations from the weakest up, how strongly and on what it fires, what it promotes."""
     at = lambda name: np.asarray(saved[name][latent])
-    words = lambda tokens: " ".join(f"<code>{html.escape(as_text(int(t)))}</code>" for t in tokens if t >= 0)
+    words = lambda tokens: " ".join(sae_utils.shade([as_text(int(t))], [0]) for t in tokens if t >= 0)
     percent = lambda share: f"{100 * share:.3g} %"
     density, highest = float(at("density")), max(float(at("max_act")), float(at("acts").max()))
 
     def place(i: int) -> str:
-        kept = at("tokens")[i] >= 0
-        return sae_utils.shade([as_text(int(t)) for t in at("tokens")[i][kept]], at("acts")[i][kept], top=highest)
+        kept, acts = at("tokens")[i] >= 0, at("acts")[i]
+        pieces, middle = [as_text(int(t)) for t in at("tokens")[i][kept]], int(kept[:AROUND].sum())
+        return f"{acts[AROUND]:.2f} {sae_utils.shade(pieces, acts[kept], top=highest, framed=middle)}"
 
     there = at("tokens")[:, AROUND] >= 0
     bars = "".join(f'<span style="display:inline-block;width:7px;margin-right:1px;background:rgb(255,140,0);height:{36 * h:.0f}px"></span>' for h in at("histogram") / max(at("histogram").max(), 1e-9))
@@ -423,6 +426,20 @@ def packed(array) -> str:
     return base64.b64encode(gzip.compress(np.ascontiguousarray(array).tobytes(), 6, mtime=0)).decode()
 
 
+def make_whole(contexts: np.ndarray, words: list[str], none: int) -> None:
+    """Characters that are spread over several tokens of a context are put together, in place. `contexts` (n, width) are
+    indices into `words`, to which is added what `sae_utils.whole` makes of them; `none`: the index of no token."""
+    part = np.array([isinstance(word, sae_utils.Bytes) for word in words])
+    place = {word: i for i, word in enumerate(words) if i != none}
+    for i in part[contexts].any(1).nonzero()[0]:
+        there = contexts[i] != none
+        pieces = sae_utils.whole([words[word] for word in contexts[i, there]])
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in place]
+        place |= {piece: len(words) + n for n, piece in enumerate(new)}
+        words += new
+        contexts[i, there] = [place[piece] for piece in pieces]
+
+
 def write_page(path: Path, title: str, features: dict, density, strength, as_text, labels: dict[int, str]) -> None:
     """features.html: a table of all live latents and, for each, its contexts; one file, nothing fetched.
 
@@ -434,15 +451,16 @@ def write_page(path: Path, title: str, features: dict, density, strength, as_tex
     of_live = lambda name: np.asarray(features[name])[live]
     listed = {name: of_live(name) for name in ("tokens", "promoted", "suppressed", "fired_tokens")}
     used, index = np.unique(np.concatenate([ids.ravel() for ids in listed.values()]), return_inverse=True)
-    words = ["" if token < 0 else as_text(int(token)) for token in used]
-    kind = np.uint16 if len(used) < 2**16 else np.uint32
-    parts = np.split(index.astype(kind), np.cumsum([ids.size for ids in listed.values()])[:-1])
+    words, none = ["" if token < 0 else as_text(int(token)) for token in used], 0 if used[0] == -1 else -1
+    parts = np.split(index, np.cumsum([ids.size for ids in listed.values()])[:-1])
+    make_whole(parts[0].reshape(-1, listed["tokens"].shape[-1]), words, none)
+    kind = np.uint16 if len(words) < 2**16 else np.uint32
     acts = of_live("acts").astype(np.float32)
     highest = np.maximum(np.asarray(strength, np.float32)[live], acts.reshape(len(live), -1).max(1))
     eighth = lambda share: np.round(255 * share).astype(np.uint8)  # a share in a byte
     bins = of_live("histogram")
     arrays = {
-        **dict(zip(listed, parts, strict=True)),
+        **{name: part.astype(kind) for name, part in zip(listed, parts, strict=True)},
         "latents": live.astype(np.uint32), "density": np.asarray(density, np.float32)[live], "highest": highest,
         "shades": eighth(acts / np.maximum(highest, 1e-9).reshape(-1, *[1] * (acts.ndim - 1))),
         "histogram": eighth(bins / np.maximum(bins.max(1, keepdims=True), 1e-9)),
@@ -451,7 +469,7 @@ def write_page(path: Path, title: str, features: dict, density, strength, as_tex
     }  # fmt: skip
     data = {
         "title": title, "words": words, "wide": kind is np.uint32, "n": len(live), "contexts": acts.shape[1], "width": acts.shape[2],
-        "none": 0 if used[0] == -1 else -1, "top": TOP, "labels": {str(k): v for k, v in labels.items()},
+        "none": none, "top": TOP, "labels": {str(k): v for k, v in labels.items()},
         "classes": CLASSES, "positions": [f"{first}{'+' if first == POSITIONS[-1] else ''}" if first == last - 1 or first == POSITIONS[-1] else f"{first}-{last - 1}"
                                           for first, last in zip(POSITIONS, [*POSITIONS[1:], 0], strict=True)],
         "base_classes": np.asarray(features["base_classes"]).tolist(), "base_positions": np.asarray(features["base_positions"]).tolist(),

@@ -579,10 +579,12 @@ def compared(shift: Tensor, control_shift: list[Tensor], hits: Tensor, control_h
 
 
 def pieces(as_text, ids: list[int], reference: list[int]) -> list[dict]:
-    """A continuation's tokens as {"text", "differs"}: `differs` at the first one that is not the reference's."""
+    """A continuation's tokens as {"text", "differs"}: `differs` at the first one that is not the reference's. Characters
+    are whole (`sae_utils.whole`)."""
     shorter = min(len(ids), len(reference))
     first = next((i for i in range(shorter) if ids[i] != reference[i]), shorter)
-    return [{"text": as_text(t), "differs": i == first} for i, t in enumerate(ids)]
+    texts = enumerate(sae_utils.whole([as_text(t) for t in ids]))
+    return [{"text": text or sae_utils.CONTINUED if i == first else text, "differs": i == first} for i, text in texts]
 
 
 def biggest_moves(as_text, before: Tensor, after: Tensor, n: int = 4) -> list[dict]:

@@ -3,7 +3,7 @@
 A figure is a function of a `fig` and the data it shows, so that the same drawing serves the notebook,
 TensorBoard, a page of report.pdf and overview.png. `Report` is the pages: running text, tables and
 contexts that flow from one to the next. Fonts are embedded; a character that matplotlib's font lacks
-is shown as a box.
+(Chinese, emoji) is shown as □, and the pages of latents say so.
 """
 
 import csv
@@ -134,11 +134,12 @@ class Report:
         self.y -= step
 
     def tokens(self, value: str, pieces: list[str], shades: list[float], centre: int, size: float = 7, x: float = 0.0) -> None:
-        """One context on one line: its tokens with a background of `shades` (0 to 1), the one at `centre` framed."""
+        """One context on one line: its tokens in boxes with a background of `shades` (0 to 1), the one at `centre` framed,
+        spaces marked by a pale dot."""
         self.room(1.6 * size / 72)
         advance = MONO * size / 72
         most = int((A4[0] - LEFT - RIGHT - x) / advance) - 6
-        pieces = [plain(piece) for piece in pieces]
+        pieces = [plain(sae_utils.visible(piece)) for piece in pieces]
         while len(pieces) > 1 and sum(map(len, pieces)) > most:  # shorten where more stands, the centre last
             if centre > 0 and sum(map(len, pieces[:centre])) >= sum(map(len, pieces[centre + 1 :])):
                 pieces, shades, centre = pieces[1:], shades[1:], centre - 1
@@ -151,10 +152,12 @@ class Report:
             box = {"width": len(piece) * advance / A4[0], "height": 1.4 * size / 72 / A4[1], "transform": self.fig.transFigure}
             if shade > 0:
                 self.fig.add_artist(Rectangle(place, **box, facecolor=(1, 0.55, 0), alpha=min(1.0, float(shade)), lw=0, zorder=0))
-            if i == centre:
-                self.fig.add_artist(Rectangle(place, **box, fill=False, lw=0.5, zorder=0))
+            framed = {"lw": 0.7, "zorder": 2} if i == centre else {"lw": 0.3, "edgecolor": "0.75", "zorder": 1}
+            self.fig.add_artist(Rectangle(place, **box, fill=False, **framed))
             at += len(piece) * advance
-        self.put(x + 6 * advance, "".join(pieces)[:most], size=size, family="monospace")
+        text = "".join(pieces)[:most]
+        self.put(x + 6 * advance, "".join("·" if c == " " else " " for c in text), size=size, family="monospace", color="0.6")
+        self.put(x + 6 * advance, text, size=size, family="monospace")
         self.y -= 1.6 * size / 72
 
     def drawings(self, title: str, drawings: dict, **shares: float) -> None:
@@ -435,7 +438,9 @@ def latents(pages: Report, kept: dict, effects: dict[int, dict], as_text, labels
     pages.heading(f"{len(effects)} latents, from the rarest to the most frequent")
     pages.paragraph(
         "Four places where each fires most, then one from the first, the sixth and the last tenth of its activations; in all text, so that they may "
-        "exceed the strength, which is of held-out text. The framed token is the one; the shade is how strongly it fires, relative to its maximum."
+        "exceed the strength, which is of held-out text. The framed token is the one, and the number its activation; the shade is how strongly "
+        "the latent fires on a token, relative to its maximum. A dot is a space, ↵ a newline, ‹ a token that only continues a character; "
+        "bytes that are none by themselves stand as \\xe2, and □ for a character that this font lacks: features.html has them all."
     )
     for latent, effect in effects.items():
         latent_entry(pages, latent, kept, effect, as_text, labels.get(latent, ""))
@@ -452,7 +457,7 @@ def latent_entry(pages: Report, latent: int, kept: dict, effect: dict, as_text, 
     for place in [0, 1, 2, 3, n_places - 10, n_places - 5, n_places - 1]:
         there = at("tokens")[place] >= 0
         if there[width // 2]:
-            acts, pieces = at("acts")[place], [as_text(int(token)) for token in at("tokens")[place][there]]
+            acts, pieces = at("acts")[place], sae_utils.whole([as_text(int(token)) for token in at("tokens")[place][there]])
             pages.tokens(f"{acts[width // 2]:.2f}", pieces, list(acts[there] / highest), int(there[: width // 2].sum()))
     words = lambda ids: " ".join(as_text(int(token)).strip() or "·" for token in ids[:8])
     pages.paragraph(f"promotes {words(at('promoted'))}   suppresses {words(at('suppressed'))}", size=7)
