@@ -250,9 +250,11 @@ def test_a_word_of_two_tokens_is_found_in_a_browser(tmp_path):
     path, placed, _, as_text = spread_page(tmp_path, "fallback")
     assert [as_text(i) for i in placed[0][2]][1:3] == [" ty", "phoon"]
     seen = browser.look(path, "Typhoon")
-    assert seen["found"] == ["2", "0"] and seen["groups"] == ["fires on it: 2"] and not browser.mistakes(seen)
+    assert seen["found"] == ["2", "0"] and seen["groups"] == ["fires most on it: 2"] and not browser.mistakes(seen)
     seen = browser.look(path, "PHOON")
-    assert seen["found"] == ["2", "0", "1"] and seen["groups"] == ["fires on it: 2", "promotes it: 1"]
+    assert seen["found"] == ["2", "0", "1"] and seen["groups"] == ["fires most on it: 2", "promotes it: 1"]
+    seen = browser.look(path, "龘")  # latent 2 fires on it in a place from the tenths
+    assert seen["found"] == ["1", "2", "0"] and seen["groups"] == ["fires most on it: 1", "fires on it: 1", "has it near where it fires: 1"]
     seen = browser.look(path, "snow")
     assert seen["found"] == ["1"] and seen["groups"] == ["has it as label or number: 1"]
     assert seen["contexts"][:2] == ["a typhoon a ☃\\xe2\\x98", "a typhoon a ☃☃龘 a"]  # cut at the edge, and not
