@@ -65,14 +65,14 @@ def membership(centres: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(activations: Tensor, index: Tensor, k: int, seed: int, most: int = 200_000, iterations: int = 30, chunk: int = 4096, device: str = "cpu") -> Tensor:
+def kmeans(activations: Tensor, index: Tensor, k: int, seed: int, most: int = 200_000, iterations: int = 8, chunk: int = 4096, device: str = "cpu") -> Tensor:
     """(k, d_in) centres of the raw rows `index` by Lloyd's algorithm (1982), of at most `most` of them, evenly spread.
 
     Raw rows in every mode of the SAE: fvu is in the model's units, and this is what k-means makes small. The
     first centres are rows drawn like those of k-means++ (Arthur and Vassilvitskii 2007), each with a probability
     in proportion to its squared distance from the centres before it, from 8 k rows and in at most 256 rounds. A
     centre without rows is put where a row lies farthest from its own. Ends when the squared error falls by less
-    than a thousandth, or after `iterations`. No more than `most` rows and (chunk, k) distances are held at once.
+    than a two-hundredth, or after `iterations`: later rounds cost as much and change little. No more than `most` rows and (chunk, k) distances are held at once.
     Where the rows are fewer than k, so are the centres.
     """
     chosen = index[:: -(-len(index) // most)]
@@ -101,7 +101,7 @@ def kmeans(activations: Tensor, index: Tensor, k: int, seed: int, most: int = 20
         centres = sums / counts.clamp_min(1)[:, None]
         centres[empty] = x[far.topk(len(empty)).indices]
         error = far.double().sum().item()
-        if before - error < 1e-3 * error and not len(empty):
+        if before - error < 5e-3 * error and not len(empty):
             break
         before = error
     return centres + origin
