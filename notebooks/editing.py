@@ -541,21 +541,52 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
 
-def batches(windows: list[list[int]], model, most: int = 32):
-    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32)."""
-    longest = max(map(len, windows), default=1)
-    size = max(1, min(most, 2**27 // (longest * model.config.get_text_config().vocab_size)))
+def batches(windows: list[list[int]], model, most: int = 32, formed: int = 0):
+    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32). `formed`: at how many
+    places of each window logits are formed; 0 is at all of them."""
+    formed = formed or max(map(len, windows), default=1)
+    size = max(1, min(most, 2**27 // (formed * model.config.get_text_config().vocab_size)))
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
 
 
-@torch.inference_mode()
+def logits_at(model, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+    """Logits (batch, n, d_vocab) at `places` (batch, n) of each row. The head sees these alone: with a vocabulary of
+    262,144 tokens it costs more than all layers."""
+    head, seen = model.get_output_embeddings(), []
+
+    def take(x: Tensor) -> Tensor:
+        return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[-1]))
+
+    def few(module, args):
+        if args and isinstance(args[0], Tensor) and args[0].shape[:2] == ids.shape:
+            seen.append(True)
+            return (take(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(few) if isinstance(head, nn.Module) else None
+    try:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        if handle:
+            handle.remove()
+    return logits if seen else take(logits)
+
+
+def logprobs_at(model, texts: list[list[int]], places: list, prompts: list[list[int]]):
+    """Yields for each text (token ids) the log-probabilities (n, d_vocab), float32 on the CPU, of what comes after
+    each of its `places`, n indices. Inside `intervene` edits know that the texts begin with `prompts`."""
+    most, done = max(map(len, places), default=1), 0
+    for batch in batches(texts, model, formed=max(1, most)):
+        here = places[done : done + len(batch)]
+        ids, mask = pad(batch, device=model.device)  # on the right: absolute positions then need no help
+        index = torch.tensor([[*place, *[0] * (most - len(place))] for place in here], dtype=torch.long, device=ids.device)
+        with torch.inference_mode(), stating(model, prompts[done : done + len(batch)]):
+            logits = logits_at(model, ids, mask, index)
+        for row, place in zip(logits, here, strict=True):
+            yield row[: len(place)].float().log_softmax(-1).cpu()
+        done += len(batch)
+
+
 def next_logprobs(model, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities (prompts, d_vocab) of the token after each prompt, float32 on the CPU."""
-    parts = []
-    for batch in batches(prompts, model):
-        ids, mask = pad(batch, device=model.device)  # on the right: absolute positions then need no help
-        with stating(model, batch):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        parts.append(logits[torch.arange(len(ids)), mask.sum(1) - 1].float().log_softmax(-1).cpu())
-    return torch.cat(parts)
+    return torch.cat([*logprobs_at(model, prompts, [[len(prompt) - 1] for prompt in prompts], prompts)])
