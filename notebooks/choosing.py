@@ -92,6 +92,13 @@ def token_of(tokenizer, word: str, seen: Tensor) -> int:
     return best
 
 
+def count_words(text: str, words: list[str]) -> int:
+    """How often one of the words stands in a text: whole words, in capitals or not; in scripts that put no space between
+    words, wherever its letters stand."""
+    bounded = lambda word: re.escape(word) if UNSPACED.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)"
+    return len(re.findall("|".join(bounded(word) for word in sorted(words, key=len, reverse=True)), text, re.IGNORECASE))
+
+
 # ---------------------------------------------------------------------------------------------
 # Latents: where they fire, and what they do
 # ---------------------------------------------------------------------------------------------
@@ -297,27 +304,64 @@ def openings(rows, index: Tensor, n: int, length: int = 12) -> list[list[int]]:
     return [rows.windows[window][: length + 1] for window in chosen]
 
 
-def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], f1: Tensor, tokens: list[int], pairs_of, scope, latents=(), most: int = 6, new: int = 12) -> list[dict]:
-    """Latents and what an edit of each does to a topic while the model goes on from `prompts` (token ids), the best
-    first: {latents, f1, before, after}, the mean probability that one of `tokens` comes next, over the places of the
-    text that the model writes by itself, without the edit and with it.
+def some_rows(rows, without: Tensor, seed: int = 0, most: int = 40_000) -> Tensor:
+    """Rows of windows in random order until they are `most`, none of those in `without` (N,), nor any that is not finite."""
+    fits = rows.finite & ~without
+    windows = rows.window[fits].unique()
+    order = torch.empty(len(rows.windows), dtype=torch.long)
+    order[windows] = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    index = fits.nonzero().flatten()
+    last = order[rows.window[index]].bincount().cumsum(0).le(most).sum()  # windows that fit
+    return index[order[rows.window[index]] < max(1, int(last))]
 
-    Tried are the `most` latents that the gradient puts first, and half as many that best announce the topic by `f1`
-    (d_sae); or `latents` alone. `pairs_of(latents)` gives the edit's (patch, scope) pairs, `scope` is where it lands.
+
+@torch.no_grad()
+def share_in_topic(sae: sae_utils.SAE, rows, index: Tensor, tokens: list[int], least: int = 2, chunk: int = 4096) -> Tensor:
+    """(d_sae,): which share of a latent's activation, over the rows `index`, lies in windows that hold at least `least` of
+    the topic's `tokens`; 0 for latents that fire on fewer than 15 of the rows."""
+    said = torch.isin(rows.token_ids[index], torch.tensor(tokens)).long()
+    topical = torch.zeros(len(rows.windows), dtype=torch.long).index_add_(0, rows.window[index], said) >= least
+    inside, total, fired = 0, 0, 0
+    for part in index.split(chunk):
+        acts = sae.encode(rows.activations[part].to(sae.W_enc.device)).cpu()
+        inside, total, fired = inside + acts[topical[rows.window[part]]].sum(0), total + acts.sum(0), fired + (acts > 0).sum(0)
+    return torch.where(fired >= 15, inside / total.clamp_min(1e-9), 0.0)
+
+
+def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 5) -> dict[int, str]:
+    """{latent: why} that may bring a topic of which `tokens` are the words, `most` of each kind: "text", the largest
+    shares of their activation lie in text about it (`share_in_topic`, rows `index`); "words", they fire best on its words
+    or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most in what the model
+    has `written` after `prompts` (`slopes`). `next_token` (N,) as `followers` gives it."""
+    either = (torch.isin(rows.token_ids, torch.tensor(tokens)) | torch.isin(next_token, torch.tensor(tokens))).long()
+    texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
+    places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    ranked = {
+        "text": share_in_topic(sae, rows, index, tokens), "words": announce_f1(sae, rows.activations, index, either, [1])[0],
+        "gradient": slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope),
+    }  # fmt: skip
+    live, found = (sae.density > 0).cpu(), {}
+    for why, scores in ranked.items():
+        for latent in torch.where(live, scores, -math.inf).topk(most).indices.tolist():
+            found.setdefault(latent, why)
+    return found
+
+
+def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, words: list[str], pairs_of, as_text, max_cost: float, at_once: int = 96) -> list[dict]:
+    """Latents of `pool` {latent: why} and what an edit of each, (patch, scope) `pairs_of([latent])`, makes the model
+    write after `prompts`, as many tokens as it has `written` by itself: {latents, why, said, of, count, cost}, the best first.
+
+    said: continuations in which one of `words` stands; count: how many of them stand there in all; cost: nats per token
+    by which the text surprises the unpatched model more than its own does. Those that cost more than `max_cost` come last.
     """
-    written = editing.generate(model, tokenizer, prompts, new)
-    kept = [i for i, more in enumerate(written) if more]
-    prompts, texts = [prompts[i] for i in kept], [prompts[i] + written[i] for i in kept]
-    if not texts:
-        raise UserError("the model writes nothing after the openings of this text: name latents.")
-    places = [range(len(prompt) - 1, len(text) - 1) for prompt, text in zip(prompts, texts, strict=True)]
-    said = lambda: torch.cat([row[:, tokens].double().exp().sum(1) for row in editing.logprobs_at(model, texts, places, prompts)]).mean().item()
-    live, before, found = (sae.density > 0).cpu(), said(), []
-    pool = list(latents)
-    if not pool:
-        slope = slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope)
-        pool = list(dict.fromkeys([*torch.where(live, slope, -math.inf).topk(most).indices.tolist(), *f1.topk(most // 2).indices.tolist()]))
-    for latent in pool:
-        with editing.intervene(model, hook_name, sae, tokenizer, pairs_of([latent])):
-            found.append({"latents": [latent], "f1": f1[latent].item(), "before": before, "after": said()})
-    return sorted(found, key=lambda c: -c["after"])
+    new, own, latents, found = max(map(len, written)), editing.surprise(model, prompts, written), list(pool), []
+    size = max(1, at_once // len(prompts))
+    for group in (latents[i : i + size] for i in range(0, len(latents), size)):
+        with editing.intervene(model, hook_name, sae, tokenizer, editing.together([pairs_of([latent]) for latent in group])):
+            texts = editing.generate(model, tokenizer, prompts * len(group), new)
+        for i, latent in enumerate(group):
+            arm = texts[i * len(prompts) : (i + 1) * len(prompts)]
+            counts = [count_words(as_text(ids), words) for ids in arm]
+            cost = editing.surprise(model, prompts, arm) - own
+            found.append({"latents": [latent], "why": pool[latent], "said": sum(n > 0 for n in counts), "of": len(prompts), "count": sum(counts), "cost": cost})
+    return sorted(found, key=lambda c: (c["cost"] > max_cost, -c["said"], -c["count"], c["cost"]))

@@ -143,6 +143,16 @@ def dose(patch, amount: float):
     return Edit(patch.ids, part(patch.change)) if isinstance(patch, Edit) else part(patch)
 
 
+def together(arms: list[list[tuple]]) -> list[tuple]:
+    """One list of (patch, scope) pairs that runs several arms of an experiment in one batch, whose rows are the prompts
+    once for each arm, arm by arm. The arms are lists of pairs with the same scopes."""
+
+    def each(patches):
+        return lambda acts: torch.cat([patch(part) for patch, part in zip(patches, acts.chunk(len(patches)), strict=True)])
+
+    return [(each([patch for patch, _ in pairs]), pairs[0][1]) for pairs in zip(*arms, strict=True)]
+
+
 # ---------------------------------------------------------------------------------------------
 # Where a token stands
 # ---------------------------------------------------------------------------------------------
@@ -590,3 +600,20 @@ def logprobs_at(model, texts: list[list[int]], places: list, prompts: list[list[
 def next_logprobs(model, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities (prompts, d_vocab) of the token after each prompt, float32 on the CPU."""
     return torch.cat([*logprobs_at(model, prompts, [[len(prompt) - 1] for prompt in prompts], prompts)])
+
+
+def logprobs_of(model, prompts: list[list[int]], continuations: list[list[int]]) -> list[Tensor]:
+    """For each prompt, log-probabilities (tokens of its continuation, d_vocab) before each of those tokens,
+    the continuation being given; float32 on the CPU. Inside `intervene` edits know where the prompts end."""
+    texts = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)]
+    places = [range(len(prompt) - 1, len(text) - 1) for prompt, text in zip(prompts, texts, strict=True)]
+    return list(logprobs_at(model, texts, places, prompts))
+
+
+def surprise(model, prompts: list[list[int]], continuations: list[list[int]]) -> float:
+    """Mean over all their tokens of -log p of the continuations, in nats; exp of it is their perplexity."""
+    total, count = 0.0, 0
+    for logprobs, more in zip(logprobs_of(model, prompts, continuations), continuations, strict=True):
+        total -= logprobs.gather(1, torch.tensor(more, dtype=torch.long)[:, None]).double().sum().item()
+        count += len(more)
+    return total / max(1, count)

@@ -3,7 +3,6 @@
 import html
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 import yaml  # papermill's own
 from torch import Tensor
 
-import choosing
 import editing
 import sae_utils
 from sae_utils import UserError
@@ -153,16 +151,6 @@ def patches(edits: list[dict], sae: sae_utils.SAE, tokenizer, instead: dict | No
 def lowers(edits: list[dict]) -> bool:
     """Whether all of the edits take away, so that a word should become less probable."""
     return all(edit["operation"] == "ablate" or edit["operation"] == "amplify" and edit.get("strength", 1.0) < 1 for edit in edits)
-
-
-def together(arms: list[list[tuple]]) -> list[tuple]:
-    """One list of (patch, scope) pairs that runs several arms of an experiment in one batch, whose rows are the prompts
-    once for each arm, arm by arm. The arms are lists of pairs with the same scopes."""
-
-    def each(patches):
-        return lambda acts: torch.cat([patch(part) for patch, part in zip(patches, acts.chunk(len(patches)), strict=True)])
-
-    return [(each([patch for patch, _ in pairs]), pairs[0][1]) for pairs in zip(*arms, strict=True)]
 
 
 def check_reached(positions: list[int], prompts: list[str], edits: list[dict]) -> None:
@@ -416,30 +404,6 @@ def hit(original: Tensor, arm: Tensor, token: int, lowers: bool = False) -> Tens
     rise = (arm[:, token] - original[:, token]).double()
     first = arm.argmax(1) == token
     return ((-rise if lowers else rise) >= math.log(10) - 1e-6) & (~first if lowers else first)
-
-
-def count_words(text: str, words: list[str]) -> int:
-    """How often one of the words stands in a text: whole words, in capitals or not; in scripts that put no space between
-    words, wherever its letters stand."""
-    bounded = lambda word: re.escape(word) if choosing.UNSPACED.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)"
-    return len(re.findall("|".join(bounded(word) for word in sorted(words, key=len, reverse=True)), text, re.IGNORECASE))
-
-
-def logprobs_of(model, prompts: list[list[int]], continuations: list[list[int]]) -> list[Tensor]:
-    """For each prompt, log-probabilities (tokens of its continuation, d_vocab) before each of those tokens,
-    the continuation being given; float32 on the CPU. Inside `intervene` edits know where the prompts end."""
-    texts = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)]
-    places = [range(len(prompt) - 1, len(text) - 1) for prompt, text in zip(prompts, texts, strict=True)]
-    return list(editing.logprobs_at(model, texts, places, prompts))
-
-
-def surprise(model, prompts: list[list[int]], continuations: list[list[int]]) -> float:
-    """Mean over all their tokens of -log p of the continuations, in nats; exp of it is their perplexity."""
-    total, count = 0.0, 0
-    for logprobs, more in zip(logprobs_of(model, prompts, continuations), continuations, strict=True):
-        total -= logprobs.gather(1, torch.tensor(more, dtype=torch.long)[:, None]).double().sum().item()
-        count += len(more)
-    return total / max(1, count)
 
 
 def along(clean: list[Tensor], patched: list[Tensor], texts: list[list[int]]) -> tuple[list[list[float]], list[list[float]]]:

@@ -272,26 +272,76 @@ def test_openings_are_at_equal_steps():
     assert len(choosing.openings(rows, index, 99, 4)) == 7
 
 
-def test_latents_for_a_topic_by_what_they_do(place):
+def test_words_of_a_topic_are_counted_by_hand():
+    words = ["war", "Battle", "war ship", "海", "海军"]
+    assert choosing.count_words("War, wars; a warship, the BATTLE and war-like battle of 1812", words) == 4
+    assert choosing.count_words("the war ship", words) == 1 and choosing.count_words("", words) == 0  # the longest counts, once
+    assert choosing.count_words("他去了海边,海军来了", words) == 2 and choosing.count_words("a.b acb", ["a.b"]) == 1
+
+
+def topic_rows(n_windows=30):
+    """Rows with activations, in windows of eight tokens."""
+    rows = fake_rows([[3, *torch.randint(4, 12, (7,)).tolist()] for _ in range(n_windows)])
+    rows.token_ids = torch.tensor([rows.windows[w][p] for w, p in zip(rows.window.tolist(), rows.position.tolist(), strict=True)])
+    rows.activations, rows.finite = torch.randn(len(rows.window), 16), torch.ones(len(rows.window), dtype=torch.bool)
+    return rows
+
+
+def test_the_share_of_activation_in_text_about_a_topic(sae):
+    rows = topic_rows()
+    index = torch.randperm(len(rows.window))[:150]
+    got, acts = choosing.share_in_topic(sae, rows, index, [5, 9], chunk=40), sae.encode(rows.activations)
+    topical = {w for w in range(30) if sum(rows.token_ids[i] in (5, 9) for i in index.tolist() if rows.window[i] == w) >= 2}
+    assert 0 < len(topical) < 30
+    for latent in range(0, 48, 5):
+        fired = [i for i in index.tolist() if acts[i, latent] > 0]
+        inside = sum(acts[i, latent].item() for i in fired if int(rows.window[i]) in topical)
+        expected = inside / sum(acts[i, latent].item() for i in fired) if len(fired) >= 15 else 0.0
+        assert got[latent].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_some_rows_are_whole_windows():
+    rows = topic_rows()
+    rows.finite[5] = False
+    without = rows.window < 10
+    index = choosing.some_rows(rows, without, seed=1, most=40)
+    windows = rows.window[index].unique()
+    assert len(windows) == 5 and len(index) == 35 and windows.min() >= 10 and (rows.finite[index]).all()
+    assert len(choosing.some_rows(rows, without)) == 140 and 5 not in choosing.some_rows(rows, ~without).tolist() and len(choosing.some_rows(rows, without, most=1)) == 7
+    assert not torch.equal(choosing.some_rows(rows, without, seed=2, most=40), index)
+
+
+def test_three_ways_to_a_topic(place):
     model, tokenizer, hook, sae = place
-    prompts, tokens = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], [9, 14]
-    f1 = torch.zeros(48)
-    f1[[30, 31]] = torch.tensor([0.9, 0.8])
-    pairs_of = lambda latents: [(editing.set_value(latents, 4.0, sae.max_act), "generated")]
-    found = choosing.topic_candidates(model, tokenizer, hook, sae, prompts, f1, tokens, pairs_of, "generated", most=4, new=5)
-    assert {30, 31} <= {c["latents"][0] for c in found} and 4 <= len(found) <= 6
-    assert [c["after"] for c in found] == sorted((c["after"] for c in found), reverse=True) and len({c["before"] for c in found}) == 1
-    written = editing.generate(model, tokenizer, prompts, 5)
+    rows, prompts, written = topic_rows(), [[3, 5, 6], [3, 7, 8, 9]], [[10, 11, 12], [13]]
+    next_token, index = choosing.followers(rows), torch.arange(210)
+    sae.density[:4] = 0
+    pool = choosing.topic_pool(model, tokenizer, hook, sae, rows, index, next_token, [5, 9], prompts, written, "generated", most=3)
+    assert set(pool.values()) == {"text", "words", "gradient"} and 3 <= len(pool) <= 9 and min(pool) >= 4
+    share = choosing.share_in_topic(sae, rows, index, [5, 9])
+    share[:4] = -1
+    assert [latent for latent, why in pool.items() if why == "text"] == share.topk(3).indices.tolist()
+    slope = choosing.slopes(model, tokenizer, hook, sae, [[3, 5, 6, 10, 11, 12], [3, 7, 8, 9, 13]], [range(2, 6), range(3, 5)], prompts, [5, 9], "generated")
+    slope[:4] = -99
+    assert set(slope.topk(3).indices.tolist()) <= set(pool)
 
-    def said(pairs):
-        values = []
-        with editing.intervene(model, hook, sae, tokenizer, pairs):
-            for prompt, more in zip(prompts, written, strict=True):
-                for i in range(len(more)):
-                    with editing.stating(model, [prompt]):
-                        values.append(model(torch.tensor([prompt + more[:i]])).logits[0, -1].double().softmax(-1)[tokens].sum().item())
-        return sum(values) / len(values)
 
+def test_latents_for_a_topic_by_what_the_model_writes(place):
+    model, tokenizer, hook, sae = place
+    prompts = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)]
+    written = editing.generate(model, tokenizer, prompts, 6)
+    as_text, words = u.TokenText(tokenizer), ["dog", "cat", "see", "big", "red"]
+    pairs_of = lambda latents: [(editing.set_value(latents, 40.0), "generated")]
+    pool = dict.fromkeys(torch.randperm(48)[:7].tolist(), "text")
+    find = lambda most: choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, words, pairs_of, as_text, most, at_once=9)
+    found = find(99.0)
+    assert {c["latents"][0] for c in found} == set(pool) and [(-c["said"], -c["count"], c["cost"]) for c in found] == sorted((-c["said"], -c["count"], c["cost"]) for c in found)
     for c in found:
-        assert c["before"] == pytest.approx(said([]), rel=1e-3) and c["after"] == pytest.approx(said(pairs_of(c["latents"])), rel=1e-3)
-    assert [c["latents"] for c in choosing.topic_candidates(model, tokenizer, hook, sae, prompts, f1, tokens, pairs_of, "generated", latents=[7], new=5)] == [[7]]
+        with editing.intervene(model, hook, sae, tokenizer, pairs_of(c["latents"])):
+            alone = [editing.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+        counts = [sum(word in words for word in as_text(ids).split()) for ids in alone]
+        assert c["said"] == sum(n > 0 for n in counts) and c["count"] == sum(counts) and c["of"] == 3 and c["why"] == "text"
+        assert c["cost"] == pytest.approx(editing.surprise(model, prompts, alone) - editing.surprise(model, prompts, written), abs=1e-4)
+    limit = sorted(c["cost"] for c in found)[3]
+    dear = [c["cost"] > limit + 1e-6 for c in find(limit + 1e-6)]
+    assert dear == sorted(dear) and sum(dear) <= 3  # those that cost too much come last

@@ -74,15 +74,15 @@ def test_rank_correlation_by_hand():
 def test_texts_given_are_scored_token_by_token(case):
     model, hook, tokenizer, sae, prompt, _ = case
     prompts, more = [prompt, prompt[:4]], [[5, 6, 7], [8, 9, 10, 11]]
-    got = patching.logprobs_of(model, prompts, more)
+    got = editing.logprobs_of(model, prompts, more)
     total = 0.0
     for i in range(2):
         for t in range(len(more[i])):
             expected = model(torch.tensor([prompts[i] + more[i][:t]])).logits[0, -1].log_softmax(-1)
             torch.testing.assert_close(got[i][t], expected, rtol=1e-4, atol=1e-4)
             total -= expected[more[i][t]].item()
-    assert patching.surprise(model, prompts, more) == pytest.approx(total / 7, rel=1e-4)
-    assert patching.surprise(model, prompts, [[], []]) == 0.0
+    assert editing.surprise(model, prompts, more) == pytest.approx(total / 7, rel=1e-4)
+    assert editing.surprise(model, prompts, [[], []]) == 0.0
 
 
 def test_a_patch_knows_where_given_texts_begin(case, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_patch_knows_where_given_texts_begin(case, monkeypatch):
         texts = [text or [5] for text in texts]
     monkeypatch.setattr(editing, "batches", lambda windows, model, **sizes: ([window] for window in windows))  # each batch has its own lengths
     with editing.intervene(model, hook, sae, tokenizer, patch, scope="last"):
-        given = patching.logprobs_of(model, prompts, texts)
+        given = editing.logprobs_of(model, prompts, texts)
     torch.testing.assert_close(torch.stack([g[0] for g in given]), first, rtol=1e-3, atol=1e-3)
 
 
@@ -326,13 +326,6 @@ def test_hits_by_hand():
     assert patching.hit(before, after, 0).tolist() == [True, True, False, False, False]
     assert patching.hit(before[1:2], torch.tensor([[0.55, 0.45]]).log(), 0).tolist() == [False]
     assert patching.hit(before, after, 0, lowers=True).tolist() == [False, False, False, True, False]
-
-
-def test_words_of_a_topic_are_counted_by_hand():
-    words = ["war", "Battle", "war ship", "海", "海军"]
-    assert patching.count_words("War, wars; a warship, the BATTLE and war-like battle of 1812", words) == 4
-    assert patching.count_words("the war ship", words) == 1 and patching.count_words("", words) == 0  # the longest counts, once
-    assert patching.count_words("他去了海边,海军来了", words) == 2 and patching.count_words("a.b acb", ["a.b"]) == 1
 
 
 @pytest.mark.parametrize(("edit", "controls", "lowers", "p", "stands_out", "says"), [
