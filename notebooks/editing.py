@@ -143,6 +143,16 @@ def dose(patch, amount: float):
     return Edit(patch.ids, part(patch.change)) if isinstance(patch, Edit) else part(patch)
 
 
+def together(arms: list[list[tuple]]) -> list[tuple]:
+    """One list of (patch, scope) pairs that runs several arms of an experiment in one batch, whose rows are the prompts
+    once for each arm, arm by arm. The arms are lists of pairs with the same scopes."""
+
+    def each(patches):
+        return lambda acts: torch.cat([patch(part) for patch, part in zip(patches, acts.chunk(len(patches)), strict=True)])
+
+    return [(each([patch for patch, _ in pairs]), pairs[0][1]) for pairs in zip(*arms, strict=True)]
+
+
 # ---------------------------------------------------------------------------------------------
 # Where a token stands
 # ---------------------------------------------------------------------------------------------
@@ -541,41 +551,69 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
 
-def batches(windows: list[list[int]], model, most: int = 32):
-    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32)."""
-    longest = max(map(len, windows), default=1)
-    size = max(1, min(most, 2**27 // (longest * model.config.get_text_config().vocab_size)))
+def batches(windows: list[list[int]], model, most: int = 32, formed: int = 0):
+    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32). `formed`: at how many
+    places of each window logits are formed; 0 is at all of them."""
+    formed = formed or max(map(len, windows), default=1)
+    size = max(1, min(most, 2**27 // (formed * model.config.get_text_config().vocab_size)))
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
 
 
-@contextmanager
-def head_at(model, where: Tensor):
-    """While the context lasts the head sees the positions `where` (batch, seq), boolean, alone: logits are then
-    (1, positions, d_vocab). On a large vocabulary the head costs more than all layers. A model whose head is not
-    found, or is given something else, gives all logits, (batch, seq, d_vocab), as ever."""
+def logits_at(model, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+    """Logits (batch, n, d_vocab) at `places` (batch, n) of each row, or (1, n, d_vocab) where `places` (batch, seq),
+    boolean, is true. The head sees these alone: with a vocabulary of 262,144 tokens it costs more than all layers."""
+    head, seen = model.get_output_embeddings(), []
 
-    def choose(module, args):
-        if args and torch.is_tensor(args[0]) and args[0].shape[:2] == where.shape:
-            return (args[0][where][None], *args[1:])
+    def take(x: Tensor) -> Tensor:
+        return x[places][None] if places.dtype == torch.bool else x.gather(1, places[:, :, None].expand(-1, -1, x.shape[-1]))
 
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(choose) if head is not None else None
+    def few(module, args):
+        if args and isinstance(args[0], Tensor) and args[0].shape[:2] == ids.shape:
+            seen.append(True)
+            return (take(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(few) if isinstance(head, nn.Module) else None
     try:
-        yield
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     finally:
         if handle:
             handle.remove()
+    return logits if seen else take(logits)
 
 
-@torch.inference_mode()
+def logprobs_at(model, texts: list[list[int]], places: list, prompts: list[list[int]]):
+    """Yields for each text (token ids) the log-probabilities (n, d_vocab), float32 on the CPU, of what comes after
+    each of its `places`, n indices. Inside `intervene` edits know that the texts begin with `prompts`."""
+    most, done = max(map(len, places), default=1), 0
+    for batch in batches(texts, model, formed=max(1, most)):
+        here = places[done : done + len(batch)]
+        ids, mask = pad(batch, device=model.device)  # on the right: absolute positions then need no help
+        index = torch.tensor([[*place, *[0] * (most - len(place))] for place in here], dtype=torch.long, device=ids.device)
+        with torch.inference_mode(), stating(model, prompts[done : done + len(batch)]):
+            logits = logits_at(model, ids, mask, index)
+        for row, place in zip(logits, here, strict=True):
+            yield row[: len(place)].float().log_softmax(-1).cpu()
+        done += len(batch)
+
+
 def next_logprobs(model, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities (prompts, d_vocab) of the token after each prompt, float32 on the CPU."""
-    parts = []
-    for batch in batches(prompts, model):
-        ids, mask = pad(batch, device=model.device)  # on the right: absolute positions then need no help
-        last = torch.arange(ids.shape[1], device=ids.device) == mask.sum(1, keepdim=True) - 1
-        with stating(model, batch), head_at(model, last):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        parts.append((logits[last] if logits.shape[:2] == ids.shape else logits[0]).float().log_softmax(-1).cpu())
-    return torch.cat(parts)
+    return torch.cat([*logprobs_at(model, prompts, [[len(prompt) - 1] for prompt in prompts], prompts)])
+
+
+def logprobs_of(model, prompts: list[list[int]], continuations: list[list[int]]) -> list[Tensor]:
+    """For each prompt, log-probabilities (tokens of its continuation, d_vocab) before each of those tokens,
+    the continuation being given; float32 on the CPU. Inside `intervene` edits know where the prompts end."""
+    texts = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)]
+    places = [range(len(prompt) - 1, len(text) - 1) for prompt, text in zip(prompts, texts, strict=True)]
+    return list(logprobs_at(model, texts, places, prompts))
+
+
+def surprise(model, prompts: list[list[int]], continuations: list[list[int]]) -> float:
+    """Mean over all their tokens of -log p of the continuations, in nats; exp of it is their perplexity."""
+    total, count = 0.0, 0
+    for logprobs, more in zip(logprobs_of(model, prompts, continuations), continuations, strict=True):
+        total -= logprobs.gather(1, torch.tensor(more, dtype=torch.long)[:, None]).double().sum().item()
+        count += len(more)
+    return total / max(1, count)

@@ -304,7 +304,7 @@ def text_sums(
     top1_changed: tokens whose most probable next token is another one; tokens: how many were predicted. BOS and
     special positions keep their activation in every arm. Arms other than clean and sae are measured in one of
     `baselines_every` batches of windows, and have no tokens in the others: they matter less, and are further off.
-    Layers below the hook run once for all arms (`Below`), the head where a token is predicted (`editing.head_at`).
+    Layers below the hook run once for all arms (`Below`), the head where a token is predicted (`editing.logits_at`).
     With `document` (windows,), each one's, it ends where `enough` does, and the result is as long as it got.
     With `keep`, what is done so far is written there every few minutes, and gone on with if `key` and
     the windows are the same.
@@ -332,9 +332,8 @@ def text_sums(
 
         def logits_of(arm, ids=ids, mask=mask, predicted=predicted):
             """(predicted tokens, d_vocab), float32."""
-            with editing.edit_output(model, *arm, tokenizer) if arm else nullcontext(), below.again() if arm else below.first(), editing.head_at(model, predicted):
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return (logits[predicted] if logits.shape[:2] == ids.shape else logits[0]).float()
+            with editing.edit_output(model, *arm, tokenizer) if arm else nullcontext(), below.again() if arm else below.first():
+                return editing.logits_at(model, ids, mask, predicted)[0].float()
 
         clean = logits_of(None)
         p, norm, first = clean.softmax(-1), clean.logsumexp(-1), clean.argmax(-1)

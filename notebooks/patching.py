@@ -1,4 +1,4 @@
-"""Experiments with edits: prompts, edits from a file, which latents matter, what an edit does to a text."""
+"""Experiments with edits: prompts, edits from a file, controls, which latents matter, what an edit does to a text, and whether it stands out."""
 
 import html
 import json
@@ -17,6 +17,7 @@ from sae_utils import UserError
 
 OPERATIONS = ("ablate", "amplify", "set_value", "add", "clamp")
 SCOPES = ("all", "prompt", "generated", "last")
+MOST_COST = 1.0  # nats per token by which a text with a topic may be more surprising than the one without
 
 
 # ---------------------------------------------------------------------------------------------
@@ -62,101 +63,6 @@ def check_prompts(model, tokenizer, prompts: list[list[int]], max_new_tokens: in
             raise UserError(f"prompt {number} holds no text: give it at least one token.")
         if positions and len(ids) + max_new_tokens > positions:
             raise UserError(f"prompt {number} has {len(ids)} tokens, and {max_new_tokens} are to be written, but the model has {positions} positions: shorten it.")
-
-
-# ---------------------------------------------------------------------------------------------
-# Words, where they stand, and latents that announce them
-# ---------------------------------------------------------------------------------------------
-
-
-def second_half(held_out: Tensor, owner) -> int:
-    """The window at which the second half of the held-out windows begins, as near to the middle as a document
-    ends (`owner` (windows,): its document); of one long document simply the middle. `held_out` (windows,), boolean.
-    UserError where there is a single window."""
-    windows, owner = held_out.nonzero().flatten(), torch.as_tensor(owner)
-    borders = (owner[windows][1:] != owner[windows][:-1]).nonzero().flatten() + 1  # where a new document begins
-    half = len(windows) // 2
-    half = int(borders[(borders - half).abs().argmin()]) if len(borders) else half
-    if half == 0:
-        raise UserError("the held-out text is a single window: there is nothing to choose and to try on.")
-    return int(windows[half])
-
-
-def followers(rows) -> tuple[Tensor, Tensor]:
-    """(next_token (N,), slot (N, 2)): the token that follows each row, -1 where its window ends, and the two
-    tokens that end at the row."""
-    flat = torch.tensor([t for window in rows.windows for t in [*window, -1]])
-    begins = torch.tensor([0, *[len(window) + 1 for window in rows.windows]]).cumsum(0)
-    place = begins[rows.window] + rows.position
-    return flat[place + 1], torch.stack([flat[place - 1], flat[place]], 1)
-
-
-def begins_word(text: str) -> bool:
-    """Whether a token's text begins a word: letters after a space."""
-    return text[:1] == " " and text[1:].isalpha()
-
-
-def token_of(tokenizer, word: str, seen: Tensor) -> int:
-    """The token of a word. UserError where it is not one token, or not among those `seen`."""
-    ids = min(sae_utils.encode_text(tokenizer, [word, word.strip()]), key=len)  # some tokenizers put the space themselves
-    if len(ids) != 1:
-        raise UserError(f"{word!r} is {len(ids)} tokens for this model, not one: {[tokenizer.decode([i]) for i in ids]}.")
-    if ids[0] == tokenizer.unk_token_id or not (seen == ids[0]).any():
-        raise UserError(f"{word!r} never comes up in the held-out text: choose a word that does.")
-    return ids[0]
-
-
-def rivals(word: int, next_token: Tensor, slot: Tensor, as_text, most: int = 10) -> list[int]:
-    """Words that stand where `word` stands most often, the most frequent first: of the slot (the two tokens before,
-    (n, 2)) after which `word` comes most, what else comes there; `next_token` (n,) as `followers` gives both."""
-    slots, counts = slot[next_token == word].unique(dim=0, return_counts=True)
-    others, counts = next_token[(slot == slots[counts.argmax()]).all(1)].unique(return_counts=True)
-    frequent = others[counts.argsort(descending=True, stable=True)].tolist()
-    return [t for t in frequent if t not in (word, -1) and begins_word(as_text(t))][:most]
-
-
-@torch.no_grad()
-def announce_f1(sae: sae_utils.SAE, activations: Tensor, index: Tensor, next_token: Tensor, words: list[int], chunk: int = 4096) -> Tensor:
-    """F1 (len(words), d_sae) of each latent, over the rows `index`, for 'this word comes next', at the best of three
-    thresholds: a tenth, a quarter and half of its maximum. `next_token` (N,) of every row.
-
-    Products of 0/1 matrices count how often a latent is on and the word follows; nothing larger than a chunk is held.
-    """
-    device = sae.W_enc.device
-    is_word, best = torch.tensor(words)[:, None], torch.zeros(len(words), sae.d_sae, device=device)
-    for share in (0.1, 0.25, 0.5):
-        both, fired, said = 0, 0, 0
-        for part in index.split(chunk):
-            on = (sae.encode(activations[part].to(device)) > share * sae.max_act).float()
-            follows = (next_token[part] == is_word).float().to(device)
-            both, fired, said = both + follows @ on, fired + on.sum(0), said + follows.sum(1, keepdim=True)
-        best = torch.maximum(best, 2 * both / (fired + said).clamp_min(1))
-    return best.cpu()
-
-
-def choose_target(sae: sae_utils.SAE, activations: Tensor, index: Tensor, next_token: Tensor, slot: Tensor, as_text, latents: list[int], most: int = 200) -> int:
-    """Of the `most` tokens that most often come next, the word that a latent (one of `latents`, if any) announces
-    best, among those that have at least three rivals, if there are such. Arguments as in `announce_f1`."""
-    follow, counts = next_token[index].unique(return_counts=True)
-    words = [t for t in follow[counts.argsort(descending=True, stable=True)[:most]].tolist() if t >= 0 and begins_word(as_text(t))]
-    if not words:
-        raise UserError("no frequent token of this text begins a word: name a target_word.")
-    scores = announce_f1(sae, activations, index, next_token, words)[:, latents or slice(None)].amax(1)
-    ranked = [words[i] for i in scores.argsort(descending=True, stable=True).tolist()]
-    return next((t for t in ranked if len(rivals(t, next_token[index], slot[index], as_text)) >= 3), ranked[0])
-
-
-def sure_places(model, rows, index: Tensor, next_token: Tensor, words: list[int], at_most: int) -> list[list[int]]:
-    """Prompts (token ids), each the text up to one of the rows `index`, one a document and no two alike, after
-    which one of `words` comes and the model gives it more than half of the probability."""
-    places = index[torch.isin(next_token[index], torch.tensor(words))][: 40 * at_most].tolist()
-    candidates = [rows.windows[rows.window[row]][: rows.position[row] + 1] for row in places]
-    says = editing.next_logprobs(model, candidates).exp().max(1) if candidates else None
-    found: dict[int, list[int]] = {}
-    for i, row in enumerate(places):
-        if says.indices[i] in words and says.values[i] > 0.5 and candidates[i] not in found.values():
-            found.setdefault(int(rows.window_document[rows.window[row]]), candidates[i])
-    return list(found.values())[:at_most]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -316,10 +222,11 @@ def as_much(active: Tensor, size: float, free: list[int], generator: torch.Gener
     return sorted(chosen)
 
 
-def matched(sae: sae_utils.SAE, edited: list[int], avoid: list[int], n: int, seed: int, activity: dict[int, Tensor] | None = None) -> list[dict]:
+def matched(sae: sae_utils.SAE, edited: list[int], avoid: list[int], n: int, seed: int, activity: dict[int, Tensor] | None = None, among: Tensor | None = None) -> list[dict]:
     """`n` random replacements {edited latent: another, or a list of others}, no two alike; fewer where there are not so many.
 
-    A latent is replaced by a live one of a third to three times its density, a dead one by any live one. But to take
+    A latent is replaced by a live one of a third to three times its density, a dead one by any live one; by one of
+    `among` (d_sae, boolean), such as those that the text at hand activates, where `n` of them fit. But to take
     away from a latent that is silent is no control: one in `activity` {latent: (d_sae,) summed activation at the
     edited places}, if it is active there, is replaced by a latent of a third to three times its sum there; where
     these are fewer than `n`, by several that together come to about as much (`as_much`).
@@ -335,6 +242,8 @@ def matched(sae: sae_utils.SAE, edited: list[int], avoid: list[int], n: int, see
         alike = live & (by >= by[latent] / 3) & (by <= by[latent] * 3) if by[latent] > 0 else live
         if active and alike.sum() < n:
             groups.add(latent)
+        elif among is not None and (alike & among).sum() >= n:
+            alike = alike & among
         pools[latent] = (live if latent in groups else alike).nonzero().flatten().tolist()
     if not all(pools.values()):
         return []
@@ -394,7 +303,7 @@ def ablation_effects(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
 
         with editing.intervene(model, hook_name, sae, tokenizer, ablate_each):
             ids, mask = sae_utils.pad([prompt] * len(part), device=model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -1]
+            logits = editing.logits_at(model, ids, mask, torch.full_like(ids[:, :1], len(prompt) - 1))[:, 0]
         changes.append(logits.float().log_softmax(-1)[:, token].cpu() - clean)
     return torch.cat(changes) if changes else torch.zeros(0)
 
@@ -415,7 +324,7 @@ def gradient_effects(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
     try:
         with torch.enable_grad():
             ids, mask = sae_utils.pad([prompt], device=model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, -1]
+            logits = editing.logits_at(model, ids, mask, torch.full_like(ids[:, :1], len(prompt) - 1))[0, 0]
             (gradient,) = torch.autograd.grad(logits.float().log_softmax(-1)[token], caught["x"])
     finally:
         handle.remove()
@@ -489,41 +398,12 @@ def agreements(attribution: list[dict]) -> dict:
 # ---------------------------------------------------------------------------------------------
 
 
-def log_odds(logprobs: Tensor, token: int) -> Tensor:
-    """ln(p / (1 - p)) of a token, (prompts,), from log-probabilities (prompts, d_vocab); in float64, since a sure
-    model leaves 1 - p only a few digits."""
-    logp = logprobs[:, token].double()
-    return logp - torch.log1p(-logp.exp().clamp_max(1 - 1e-12))
-
-
-def hit(original: tuple, arm: tuple, token: int, lowers: bool = False) -> Tensor:
-    """Which prompts an arm hits, (prompts,) boolean: the token's probability is at least ten times that of `original`
-    (with `lowers` a tenth) and the text that follows is another one. Arms are (log-probabilities (prompts, d_vocab), texts)."""
-    rise = (arm[0][:, token] - original[0][:, token]).double()
-    return ((-rise if lowers else rise) >= math.log(10) - 1e-6) & torch.tensor([a != b for a, b in zip(original[1], arm[1], strict=True)])
-
-
-@torch.inference_mode()
-def logprobs_of(model, prompts: list[list[int]], continuations: list[list[int]]) -> list[Tensor]:
-    """For each prompt, log-probabilities (tokens of its continuation, d_vocab) before each of those tokens,
-    the continuation being given; float32 on the CPU. Inside `intervene` edits know where the prompts end."""
-    texts, found = [prompt + more for prompt, more in zip(prompts, continuations, strict=True)], []
-    for batch in editing.batches(texts, model):
-        begun = prompts[len(found) : len(found) + len(batch)]
-        ids, mask = sae_utils.pad(batch, device=model.device)
-        with editing.stating(model, begun):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found += [row[len(prompt) - 1 : len(text) - 1].float().log_softmax(-1).cpu() for row, prompt, text in zip(logits, begun, batch, strict=True)]
-    return found
-
-
-def surprise(model, prompts: list[list[int]], continuations: list[list[int]]) -> float:
-    """Mean over all their tokens of -log p of the continuations, in nats; exp of it is their perplexity."""
-    total, count = 0.0, 0
-    for logprobs, more in zip(logprobs_of(model, prompts, continuations), continuations, strict=True):
-        total -= logprobs.gather(1, torch.tensor(more, dtype=torch.long)[:, None]).double().sum().item()
-        count += len(more)
-    return total / max(1, count)
+def hit(original: Tensor, arm: Tensor, token: int, lowers: bool = False) -> Tensor:
+    """Which prompts an arm hits, (prompts,) boolean: the token is at least ten times as probable as in `original` and the
+    first choice; with `lowers`, a tenth and no longer it. Both are log-probabilities (prompts, d_vocab)."""
+    rise = (arm[:, token] - original[:, token]).double()
+    first = arm.argmax(1) == token
+    return ((-rise if lowers else rise) >= math.log(10) - 1e-6) & (~first if lowers else first)
 
 
 def along(clean: list[Tensor], patched: list[Tensor], texts: list[list[int]]) -> tuple[list[list[float]], list[list[float]]]:
@@ -539,19 +419,22 @@ def along(clean: list[Tensor], patched: list[Tensor], texts: list[list[int]]) ->
 # ---------------------------------------------------------------------------------------------
 
 
-def verdict(edit: float, controls: list[float], lowers: bool = False) -> dict:
-    """Whether an edit's mean change of log-odds stands out from that of its controls: {p, as_good, stands_out, says}.
+def verdict(edit: float, controls: list[float], lowers: bool = False, did: str = "moved the log-odds as far", cost: float | None = None) -> dict:
+    """Whether what an edit did stands out from what its controls did, by the means over prompts: {p, as_good, stands_out, says}.
 
-    p = (controls that moved it as far + 1) / (controls + 1), the permutation test with the edit counted as one of
-    the arms (Phipson and Smyth 2010), one-sided: up, with `lowers` down. It stands out at p of 0.05 or less. By
-    the change of log-odds and not by the number of hits, which ties where many hit all prompts or none.
+    p = (controls that did as much + 1) / (controls + 1), the permutation test with the edit counted as one of the
+    arms (Phipson and Smyth 2010), one-sided: up, with `lowers` down. It stands out at p of 0.05 or less and, where a
+    `cost` is given (nats per token by which the text is more surprising than without the edit), one of MOST_COST at most.
     """
     n, as_good = len(controls), sum(c <= edit if lowers else c >= edit for c in controls)
-    p = (as_good + 1) / (n + 1)
-    says = f"It {'stands out' if p <= 0.05 else 'does not stand out'} from its controls (p = {p:.3f}: {as_good or 'none'} of {n} moved the log-odds as far)."
+    p, dear = (as_good + 1) / (n + 1), cost is not None and cost > MOST_COST
+    stands_out = p <= 0.05 and not dear
+    says = f"It {'stands out' if stands_out else 'does not stand out'} from its controls (p = {p:.3f}: {as_good or 'none'} of {n} {did})."
+    if dear:
+        says = says[:-1] + f"; at a cost of {cost:.2f} nats per token, which is more than {MOST_COST:g})."
     if n < 19:
         says += f" With {n} control{'s' if n != 1 else ''} no p below {1 / (n + 1):.3f} can be had; it takes 19 for 0.05."
-    return {"p": p, "as_good": as_good, "stands_out": p <= 0.05, "says": says}
+    return {"p": p, "as_good": as_good, "stands_out": stands_out, "says": says}
 
 
 def interval(values: Tensor, seed: int, n: int = 1000) -> list[float]:
@@ -560,15 +443,16 @@ def interval(values: Tensor, seed: int, n: int = 1000) -> list[float]:
     return values.double()[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 
-def compared(shift: Tensor, control_shift: list[Tensor], hits: Tensor, control_hits: list[int], lowers: bool, seed: int) -> dict:
-    """The edit beside its controls, under the names of patching.json. `shift` (prompts,) and those of the controls are
-    changes of log-odds; the edit's interval is `interval`'s, the controls' holds 90 % of their means."""
-    means = torch.stack([s.double().mean() for s in control_shift])
-    judged = verdict(shift.double().mean().item(), means.tolist(), lowers)
+def compared(change: Tensor, control_change: list[Tensor], seed: int, lowers: bool = False, **more) -> dict:
+    """The edit beside its controls, under the names of patching.json. `change` (prompts,) and those of the controls are
+    what is compared, less what it is without an edit; the edit's interval is `interval`'s, the controls' holds 90 % of
+    their means. `more`: what `verdict` may be told."""
+    means = torch.stack([c.double().mean() for c in control_change])
+    judged = verdict(change.double().mean().item(), means.tolist(), lowers, **more)
     return {
-        "prompts": len(shift), "prompts_hit": int(hits.sum()), "control_hits": control_hits, "control_hits_median": statistics.median(control_hits),
-        "log_odds_change": shift.double().mean().item(), "log_odds_interval": interval(shift, seed), "control_log_odds_change": means.tolist(),
+        "prompts": len(change), "change": change.double().mean().item(), "change_interval": interval(change, seed), "control_changes": means.tolist(),
         "control_mean": means.mean().item(), "control_interval": means.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist(),
+        "control_extreme": (means.min() if lowers else means.max()).item(),
         "p": judged["p"], "controls_as_good": judged["as_good"], "stands_out": judged["stands_out"], "verdict": judged["says"],
     }  # fmt: skip
 
@@ -597,19 +481,18 @@ def biggest_moves(as_text, before: Tensor, after: Tensor, n: int = 4) -> list[di
 
 
 def side_by_side(
-    as_text, prompts: list[list[int]], original: tuple, reconstruction: tuple, patched: tuple, kl: list, change: list, target: int, positions: list[int]
+    as_text, prompts: list[list[int]], original: tuple, reconstruction: tuple, patched: tuple, kl: list, change: list, before: Tensor, after: Tensor, positions: list[int]
 ) -> list[dict]:
     """For each prompt what the page shows: the three texts, the original's tokens with KL and change (`along`) and a
-    `shade` relative to the largest KL of all, probabilities of the target, tokens that moved most. Arms as in `hit`."""
+    `shade` relative to the largest KL of all, what is compared `before` and `after` the edit (prompts,), tokens that
+    moved most after the prompt. Arms are (log-probabilities (prompts, d_vocab), texts)."""
     most = max([value for values in kl for value in values] + [1e-9])
-    shift = log_odds(patched[0], target) - log_odds(original[0], target)
     return [
         {
             "prompt": as_text(prompt), "positions": positions[i],
             "original": [p | {"kl": k, "change": c, "shade": k / most} for p, k, c in zip(pieces(as_text, original[1][i], original[1][i]), kl[i], change[i], strict=True)],
             "reconstruction": pieces(as_text, reconstruction[1][i], original[1][i]), "patched": pieces(as_text, patched[1][i], original[1][i]),
-            "p_before": original[0][i, target].exp().item(), "p_after": patched[0][i, target].exp().item(), "log_odds_change": shift[i].item(),
-            "moves": biggest_moves(as_text, original[0][i], patched[0][i]),
+            "before": before[i].item(), "after": after[i].item(), "moves": biggest_moves(as_text, original[0][i], patched[0][i]),
         }
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
@@ -624,19 +507,34 @@ def shaded(as_text, prompts: list[list[int]], texts: list[list[int]], values: li
 
 
 def findings(result: dict) -> list[str]:
-    """The sentences that sum an experiment up, from what patching.json holds."""
-    names, said, n = result["names"], result["target"].strip(), result["prompts"]
+    """The sentences that sum an experiment up, from what patching.json holds; the first one leads with what decides."""
+    names, n, topic = result["names"], result["prompts"], result["topic_words"]
+    said, (low, high), (control_low, control_high) = result["target"].strip(), result["change_interval"], result["control_interval"]
     named = ", ".join(f"{i} ({names[i]})" if i in names else str(i) for i in result["edited"])
-    what = f"The edits of {result['edits_file']}" if result["edits_file"] else f"{result['operation'].capitalize()} of latent {named} at scope {result['scope']}"
-    (low, high), (control_low, control_high) = result["log_odds_interval"], result["control_interval"]
+    what = f"The edits of {result['edits_file']}" if result["edits_file"] else f"{result['operation'].capitalize()} of latent{'s' if len(result['edited']) > 1 else ''} {named} at scope {result['scope']}"
     alike = {"density": "of like density, pushed as hard", "activity": "active at the edited places about as much", "both": "of like density where one is set, active there about as much where one is taken away"}
-    first = (
-        f"{what}: the probability of {said!r} {'fell' if result['lowers'] else 'rose'} at least 10 times, and the text changed, on {result['prompts_hit']} of {n} prompts "
-        f"({len(result['controls'])} controls, random latents {alike[result['controls_matched_by']]}: {result['control_hits_median']:g} in the median); "
-        f"edited at {spread(result['positions_edited'])} of each text; log-odds {result['log_odds_change']:+.1f} on average (95 % over prompts: {low:+.1f} to {high:+.1f}; "
-        f"controls: {result['control_mean']:+.1f}, 90 % of them {control_low:+.1f} to {control_high:+.1f}); it is now the first choice on {result['target_is_first_choice']}. {result['verdict']}"
-    )
-    second = (
+    controls = f"{len(result['controls'])} controls, random latents {alike[result['controls_matched_by']]}"
+    extreme, dose = "at least" if result["lowers"] else "at most", {row["dose"]: row["surprise"] for row in result["doses"]}
+    cost = f"the text surprises the unpatched model by {dose[1.0]:.2f} nats per token, its own by {dose[0.0]:.2f}"
+    if topic:
+        share = lambda value: f"{value:.0%}"
+        first = (
+            f"{what}: words of the topic ({', '.join(topic[:4])}{', …' if len(topic) > 4 else ''}) stand in {result['topic_said']} of {n} continuations, {result['topic_count']} in all, against "
+            f"{result['topic_said_before']}, {result['topic_count_before']} in all, without the edit: {share(result['change'])} more of them (95 % over prompts: {share(low)} to {share(high)}; "
+            f"{controls}: {share(result['control_mean'])} on average, {extreme} {share(result['control_extreme'])}); {cost}. {result['verdict']}"
+        )
+    else:
+        first = (
+            f"{what}: the log-odds of {said!r} changed by {result['change']:+.1f} on average (95 % over prompts: {low:+.1f} to {high:+.1f}; {controls}: {result['control_mean']:+.1f} on "
+            f"average, 90 % of them {control_low:+.1f} to {control_high:+.1f}, {extreme} {result['control_extreme']:+.1f}). {result['verdict']} {said!r} is the first choice on {result['target_is_first_choice']} "
+            f"of {n} prompts, {result['target_was_first_choice']} without the edit, and {'at most a tenth as probable and no longer it' if result['lowers'] else 'that and at least 10 times as probable'} on "
+            f"{result['prompts_hit']} (controls: {result['control_hits_median']:g} in the median); edited at {spread(result['positions_edited'])} of each text."
+        )
+    found = [first]
+    if result["candidates"] and not result["stands_out"]:
+        tries = "; ".join(f"{c['what']}: {c['command']}" for c in result["candidates"][:5])
+        found.append(f"Nothing stands out here. What did most on the half of the text on which latents are chosen: {tries}")
+    found.append(
         f"The SAE by itself: with the reconstruction in place the cross-entropy is {result['ce_reconstruction']:.3f} against {result['ce_original']:.3f} nats, and the model's "
         f"first choice stays on {result['reconstruction_first_choice_stays']} of {n} prompts; the edit keeps the SAE's error: {'yes' if result['keep_error'] else 'no'}."
     )
@@ -645,19 +543,18 @@ def findings(result: dict) -> list[str]:
     if result["gradient_others"]:
         others = f"among {result['gradient_others']} random active latents that the gradient did not choose, {ranked(result['gradient_agreement_others'])}"
         others += f" (their largest effect {result['gradient_others_largest']:.3f} nats)"
-    third = (
-        f"Which latents the model's next word hangs on: rank correlation of the gradient's estimates with ablations, {ranked(result['gradient_agreement'])}; the same latent "
-        f"first on {result['gradient_agrees_on_first']} of {n} prompts; {others}; "
-        f"the latent that announces the word comes first on {sum(p == 1 for p in result['announcing_latent_is_number'])} of {len(result['announcing_latent_is_number'])}."
-    )
-    dose = {row["dose"]: row["surprise"] for row in result["doses"]}
-    fourth = f"At dose 1 the patched text surprises the unpatched model by {dose[1.0]:.2f} nats per token, its own by {dose[0.0]:.2f}; at dose {max(dose):g} by {dose[max(dose)]:.2f}."
-    fifth = []
+    if result["attribution"]:
+        found.append(
+            f"Which latents the model's next word hangs on: rank correlation of the gradient's estimates with ablations, {ranked(result['gradient_agreement'])}; the same latent "
+            f"first on {result['gradient_agrees_on_first']} of {n} prompts; {others}; "
+            f"the latent that announces the word comes first on {sum(p == 1 for p in result['announcing_latent_is_number'])} of {len(result['announcing_latent_is_number'])}."
+        )
+    found.append(f"At dose 1 {cost}; at dose {max(dose):g} by {dose[max(dose)]:.2f}.")
     if result["ablation_log_odds_change"]:
         change, (own, *rest) = statistics.mean(result["ablation_log_odds_change"]), result["ablation_removed"]
         sizes = f"{own:.2f} in sum is taken away, by controls {min(rest):.2f} to {max(rest):.2f}" if rest else "nothing else is active there"
-        fifth = [f"Ablating {named} where {said!r} is due changes its log-odds by {change:+.2f} on average (activation: {sizes}). {result['ablation_verdict']}"]
-    return [first, second, third, fourth, *fifth]
+        found.append(f"Ablating {named} where {said!r} is due changes its log-odds by {change:+.2f} on average (activation: {sizes}). {result['ablation_verdict']}")
+    return found
 
 
 def write_page(path: Path, title: str, result: dict) -> str:

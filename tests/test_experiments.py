@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import HOOK, gemma, gpt2, word_tokenizer
 
+import choosing
 import editing
 import patching
 import sae_utils as u
@@ -73,15 +74,15 @@ def test_rank_correlation_by_hand():
 def test_texts_given_are_scored_token_by_token(case):
     model, hook, tokenizer, sae, prompt, _ = case
     prompts, more = [prompt, prompt[:4]], [[5, 6, 7], [8, 9, 10, 11]]
-    got = patching.logprobs_of(model, prompts, more)
+    got = editing.logprobs_of(model, prompts, more)
     total = 0.0
     for i in range(2):
         for t in range(len(more[i])):
             expected = model(torch.tensor([prompts[i] + more[i][:t]])).logits[0, -1].log_softmax(-1)
             torch.testing.assert_close(got[i][t], expected, rtol=1e-4, atol=1e-4)
             total -= expected[more[i][t]].item()
-    assert patching.surprise(model, prompts, more) == pytest.approx(total / 7, rel=1e-4)
-    assert patching.surprise(model, prompts, [[], []]) == 0.0
+    assert editing.surprise(model, prompts, more) == pytest.approx(total / 7, rel=1e-4)
+    assert editing.surprise(model, prompts, [[], []]) == 0.0
 
 
 def test_a_patch_knows_where_given_texts_begin(case, monkeypatch):
@@ -93,9 +94,9 @@ def test_a_patch_knows_where_given_texts_begin(case, monkeypatch):
         first = editing.next_logprobs(model, prompts)
     if not all(texts):
         texts = [text or [5] for text in texts]
-    monkeypatch.setattr(editing, "batches", lambda windows, model: ([window] for window in windows))  # each batch has its own lengths
+    monkeypatch.setattr(editing, "batches", lambda windows, model, **sizes: ([window] for window in windows))  # each batch has its own lengths
     with editing.intervene(model, hook, sae, tokenizer, patch, scope="last"):
-        given = patching.logprobs_of(model, prompts, texts)
+        given = editing.logprobs_of(model, prompts, texts)
     torch.testing.assert_close(torch.stack([g[0] for g in given]), first, rtol=1e-3, atol=1e-3)
 
 
@@ -184,9 +185,6 @@ def test_chats_are_the_users_turn_with_one_bos():
     assert tokenizer.decode(patching.encode_prompts(tokenizer, ["the cat"], chat=True)[0]) == "<bos> there the cat . here"
 
 
-# What follows, and what announces it
-
-
 class Spaced:
     """As TokenText of a tokenizer whose token 2 i is " a", " b", …, and 2 i + 1 the same letter inside a word."""
 
@@ -194,102 +192,6 @@ class Spaced:
         if not isinstance(tokens, int):
             return "".join(map(self, tokens))
         return (" " if tokens % 2 == 0 else "") + chr(97 + tokens // 2)
-
-
-def fake_rows(windows, owners=None):
-    """Rows of all tokens but the first of each window."""
-    window, position = zip(*[(w, p) for w, ids in enumerate(windows) for p in range(1, len(ids))], strict=True)
-    return SimpleNamespace(windows=windows, window=torch.tensor(window), position=torch.tensor(position), window_document=owners if owners is not None else list(range(len(windows))))
-
-
-def test_what_follows_each_row():
-    windows = [torch.randint(0, 9, (n,)).tolist() for n in (5, 2, 8, 3)]
-    rows = fake_rows(windows)
-    next_token, slot = patching.followers(rows)
-    for i, (w, p) in enumerate(zip(rows.window.tolist(), rows.position.tolist(), strict=True)):
-        assert next_token[i] == (windows[w][p + 1] if p + 1 < len(windows[w]) else -1) and slot[i].tolist() == windows[w][p - 1 : p + 1]
-
-
-@pytest.mark.parametrize(("owners", "held_out", "expected"), [
-    ([0, 0, 1, 1, 1, 2, 2, 3], [1] * 8, 5), ([0, 0, 1, 1, 1, 2, 2, 3], [0, 0, 1, 1, 1, 1, 0, 0], 5), ([0] * 6, [0, 1, 1, 1, 1, 1], 3), ([0, 1], [1, 1], 1),
-])  # fmt: skip
-def test_the_halves_part_between_documents(owners, held_out, expected):
-    assert patching.second_half(torch.tensor(held_out).bool(), owners) == expected
-    with pytest.raises(u.UserError, match="a single window"):
-        patching.second_half(torch.tensor([False, True]), [0, 1])
-
-
-def test_rivals_are_the_words_that_stand_there():
-    # after (1, 2) comes 4 three times, 6 twice, 8 once, 5 (no word) often; after (1, 3) comes 4 once, 10 often
-    slot = torch.tensor([[1, 2]] * 10 + [[1, 3]] * 9)
-    next_token = torch.tensor([4, 4, 4, 6, 6, 8, 5, 5, 5, -1] + [4] + [10] * 8)
-    order = torch.randperm(19)
-    assert patching.rivals(4, next_token[order], slot[order], Spaced()) == [6, 8]
-    assert patching.rivals(4, next_token[order], slot[order], Spaced(), most=1) == [6]
-    assert [patching.begins_word(text) for text in (" a", "a", " ", " 1", "", "  a")] == [True, False, False, False, False, False]
-
-
-def test_how_well_latents_announce_words_by_brute_force(sae):
-    x, next_token = torch.randn(400, 16) + sae.mean, torch.randint(0, 5, (400,))
-    sae.max_act.copy_(sae.encode(x).amax(0))
-    index, words = torch.randperm(400)[:300], [3, 0, 77]
-    got = patching.announce_f1(sae, x, index, next_token, words, chunk=70)
-    acts = sae.encode(x[index]).double()
-    for w, word in enumerate(words):
-        says = next_token[index] == word
-        for latent in range(0, 48, 5):
-            best = 0.0
-            for share in (0.1, 0.25, 0.5):
-                on = acts[:, latent] > share * sae.max_act[latent].double()
-                both = int((on & says).sum())
-                best = max(best, 2 * both / max(1, int(on.sum()) + int(says.sum())))
-            assert got[w, latent].item() == pytest.approx(best, abs=2e-3)  # one row may lie on a threshold
-    assert got[:2].max() > 0.1 and not got[2].any()
-    for latent, share in ((4, 0.1), (11, 0.25), (30, 0.5)):  # each threshold is the right one for some latent
-        column = sae.encode(x)[:, latent]
-        follows = torch.where(column > share * sae.max_act[latent], 9, 0)
-        assert patching.announce_f1(sae, x, torch.arange(400), follows, [9])[0, latent] > 0.995
-
-
-def test_the_data_choose_the_word_that_is_announced_best(monkeypatch):
-    scores = {4: [0.2, 0.9], 6: [0.7, 0.1], 8: [0.5, 0.4], 10: [0.1, 0.3]}
-    monkeypatch.setattr(patching, "announce_f1", lambda sae, x, index, next_token, words: torch.tensor([scores[w] for w in words]))
-    monkeypatch.setattr(patching, "rivals", lambda word, *rest: [1] * {4: 2, 6: 3, 8: 9, 10: 3}[word])
-    next_token = torch.tensor([4, 6, 8, 8, 10, 5, 5, -1])
-    choose = lambda latents, most=200: patching.choose_target(None, None, torch.arange(8), next_token, torch.zeros(8, 2), Spaced(), latents, most)
-    assert choose([]) == 6 and choose([1]) == 8  # 4 is announced better and has too few rivals
-    assert choose([], most=2) == 8  # only 5, which is no word, and 8 are that frequent
-    monkeypatch.setattr(patching, "rivals", lambda word, *rest: [])
-    assert choose([]) == 4
-    with pytest.raises(u.UserError, match="no frequent token"):
-        patching.choose_target(None, None, torch.arange(1), torch.tensor([5]), torch.zeros(1, 2), Spaced(), [])
-
-
-def test_a_word_is_one_token_that_comes_up(tokenizer):
-    cat = tokenizer.convert_tokens_to_ids("cat")
-    assert patching.token_of(tokenizer, "cat", torch.tensor([1, cat])) == patching.token_of(tokenizer, " cat", torch.tensor([cat])) == cat
-    for word, message in (("cat dog", "is 2 tokens"), ("zebra", "never comes up"), ("dog", "never comes up")):
-        with pytest.raises(u.UserError, match=message):
-            patching.token_of(tokenizer, word, torch.tensor([1, cat]))
-
-
-def test_places_where_the_model_is_sure(monkeypatch):
-    windows = [[3, 5, 7, 8], [3, 5, 7, 9], [3, 5, 7, 8], [3, 6, 9, 8], [3, 9, 9], [3, 6, 4, 8, 8]]
-    rows = fake_rows(windows, [0, 1, 2, 3, 4, 3])
-    next_token, _ = patching.followers(rows)
-    says = {(3, 5, 7): (8, 0.9), (3, 6): (9, 0.3), (3, 6, 9): (8, 0.4), (3, 9): (9, 0.9), (3, 6, 4): (8, 0.6), (3, 6, 4, 8): (8, 0.9)}
-
-    def fake(model, prompts):
-        p = torch.full((len(prompts), 12), 0.01)
-        for i, prompt in enumerate(prompts):
-            token, value = says[tuple(prompt)]
-            p[i, token] = value
-        return p.log()
-
-    monkeypatch.setattr(editing, "next_logprobs", fake)
-    find = lambda words, most=9: patching.sure_places(None, rows, torch.arange(len(rows.window)), next_token, words, most)
-    assert find([8]) == [[3, 5, 7], [3, 6, 4]]  # once each text, once a document, never below one half
-    assert find([8, 9]) == [[3, 5, 7], [3, 9], [3, 6, 4]] and find([8, 9], 1) == [[3, 5, 7]] and find([2]) == []
 
 
 # Controls
@@ -417,27 +319,32 @@ def test_agreements_by_hand():
 # What is said of an edit
 
 
-def test_log_odds_and_hits_by_hand():
-    p = torch.tensor([[0.5, 0.3, 0.2], [0.999999, 5e-7, 5e-7], [1e-6, 0.5, 0.499999]], dtype=torch.float64)
-    assert patching.log_odds(p.log(), 0).tolist() == pytest.approx([0.0, math.log(0.999999 / 1e-6), math.log(1e-6 / 0.999999)], rel=1e-6)
-    assert patching.log_odds(torch.zeros(1, 2), 0).isfinite().all()  # the model is wholly sure
-    before, texts = torch.tensor([0.01, 0.01, 0.01, 0.5]), [[1], [2], [3], [4]]
-    arm = lambda p: torch.stack([p, 1 - p], 1).log()
-    after = (arm(torch.tensor([0.2, 0.099, 0.2, 0.04])), [[9], [9], [3], [9]])
-    assert patching.hit((arm(before), texts), after, 0).tolist() == [True, False, False, False]  # the second rises too little, the third's text stays
-    assert patching.hit((arm(before), texts), after, 0, lowers=True).tolist() == [False, False, False, True]
+def test_hits_by_hand():
+    before = torch.tensor([[0.01, 0.99], [0.06, 0.94], [0.01, 0.99], [0.9, 0.1], [0.6, 0.4]]).log()
+    after = torch.tensor([[0.7, 0.3], [0.7, 0.3], [0.3, 0.7], [0.08, 0.92], [0.1, 0.9]]).log()
+    # the second rises too little, the third is not the first choice: "cake" in place of "Greece" is no hit for "Peru"
+    assert patching.hit(before, after, 0).tolist() == [True, True, False, False, False]
+    assert patching.hit(before[1:2], torch.tensor([[0.55, 0.45]]).log(), 0).tolist() == [False]
+    assert patching.hit(before, after, 0, lowers=True).tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize(("edit", "controls", "lowers", "p", "stands_out", "says"), [
     (5.0, [1.0] * 19, False, 0.05, True, "none of 19"), (5.0, [1.0] * 19 + [5.0], False, 2 / 21, False, "1 of 20"), (5.0, [1.0] * 20, False, 1 / 21, True, "none of 20"),
     (5.0, [1.0], False, 0.5, False, "With 1 control no p below 0.500 can be had"), (-5.0, [1.0] * 20, True, 1 / 21, True, "none of 20"), (-5.0, [1.0] * 20, False, 1.0, False, "20 of 20"),
-    (-5.0, [-6.0, -4.0] * 10, True, 11 / 21, False, "10 of 20"), (5.0, [], False, 1.0, False, "no p below 1.000"), (5.0, [1.0] * 18, False, 1 / 19, False, "no p below 0.053"),
+    (9.3, [7.3, -1.0] * 10, False, 1 / 21, True, "none of 20"), (-5.0, [-6.0, -4.0] * 10, True, 11 / 21, False, "10 of 20"), (5.0, [], False, 1.0, False, "no p below 1.000"), (5.0, [1.0] * 18, False, 1 / 19, False, "no p below 0.053"),
 ])  # fmt: skip
 def test_an_edit_stands_out_or_it_does_not(edit, controls, lowers, p, stands_out, says):
     judged = patching.verdict(edit, controls, lowers)
     assert judged["p"] == pytest.approx(p) and judged["stands_out"] == stands_out and says in judged["says"]
     assert ("It stands out" in judged["says"]) == stands_out and ("does not stand out" in judged["says"]) != stands_out
     assert ("can be had" in judged["says"]) == (len(controls) < 19)
+
+
+def test_a_topic_that_costs_too_much_does_not_stand_out():
+    told = lambda cost: patching.verdict(0.9, [0.1] * 20, did="brought it into as many", cost=cost)
+    assert told(1.0)["stands_out"] and told(-0.3)["stands_out"] and "none of 20 brought it into as many)." in told(1.0)["says"]
+    assert not told(1.01)["stands_out"] and told(1.01)["p"] == pytest.approx(1 / 21)
+    assert "It does not stand out" in told(2.5)["says"] and "cost of 2.50 nats per token, which is more than 1)." in told(2.5)["says"]
 
 
 def test_an_edit_that_is_one_of_its_controls_rarely_stands_out(fresh_seed):
@@ -447,16 +354,17 @@ def test_an_edit_that_is_one_of_its_controls_rarely_stands_out(fresh_seed):
 
 
 def test_the_edit_beside_its_controls(fresh_seed):
-    shift, controls = torch.randn(40) * 2 + 5, [torch.randn(40) for _ in range(19)]
-    found = patching.compared(shift, controls, torch.arange(40) < 30, [*range(18), 40], False, fresh_seed)
+    change, controls = torch.randn(40) * 2 + 5, [torch.randn(40) for _ in range(19)]
+    found = patching.compared(change, controls, fresh_seed)
     means = torch.tensor([c.double().mean() for c in controls], dtype=torch.float64)
-    assert found["log_odds_change"] == pytest.approx(shift.double().mean().item()) and found["control_mean"] == pytest.approx(means.mean().item())
+    assert found["change"] == pytest.approx(change.double().mean().item()) and found["control_mean"] == pytest.approx(means.mean().item())
     assert found["control_interval"] == pytest.approx(means.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist())
-    assert found["control_hits_median"] == 9 and found["prompts_hit"] == 30 and found["prompts"] == 40
-    assert found["p"] == 0.05 and found["controls_as_good"] == 0 and found["stands_out"]  # though one control hits more prompts
-    half = 1.96 * shift.std(correction=0).item() / math.sqrt(40)
-    low, high = found["log_odds_interval"]
-    assert high - low == pytest.approx(2 * half, rel=0.15) and (low + high) / 2 == pytest.approx(shift.mean().item(), abs=0.3 * half)
+    assert found["prompts"] == 40 and found["p"] == 0.05 and found["controls_as_good"] == 0 and found["stands_out"] and found["control_extreme"] == means.max()
+    down = patching.compared(-change, controls, fresh_seed, lowers=True)
+    assert down["control_extreme"] == means.min() and down["stands_out"] and not patching.compared(change, controls, fresh_seed, cost=1.5)["stands_out"]
+    half = 1.96 * change.std(correction=0).item() / math.sqrt(40)
+    low, high = found["change_interval"]
+    assert high - low == pytest.approx(2 * half, rel=0.15) and (low + high) / 2 == pytest.approx(change.mean().item(), abs=0.3 * half)
 
 
 def test_pieces_and_moves_by_hand():
@@ -478,12 +386,14 @@ def result():
     q = torch.tensor([[0.1, 0.7, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1]])
     original, patched = (p.log(), [[2, 4], [2]]), (q.log(), [[2, 6], [2]])
     kl, change = [[0.5, 2.0], [1.0]], [[-0.1, 0.2], [-0.3]]
-    rows = patching.side_by_side(Spaced(), [[0, 2], [0, 4]], original, original, patched, kl, change, 1, [1, 3])
-    shift = patching.log_odds(patched[0], 1) - patching.log_odds(original[0], 1)
-    beside = patching.compared(shift, [torch.zeros(2)] * 20, torch.tensor([True, False]), [0] * 20, False, 0)
+    odds = [choosing.log_odds(arm[0], 1) for arm in (original, patched)]
+    rows = patching.side_by_side(Spaced(), [[0, 2], [0, 4]], original, original, patched, kl, change, *odds, [1, 3])
+    beside = patching.compared(odds[1] - odds[0], [torch.zeros(2), torch.ones(2)] * 10, 0)
     return beside | patching.agreements([]) | {
         "comparison": rows, "target": " <b>", "sources": [" x"], "names": {7: "<i>own</i>"}, "edited": [7, 8], "silenced": [], "edits_file": "", "operation": "swap",
+        "topic_words": [], "candidates": [{"what": "' of' by latent 3", "command": "make patch RUN=x"}], "attribution": [1],
         "scope": "last", "lowers": False, "positions_edited": [1, 3], "controls": [[1]] * 20, "controls_matched_by": "density", "target_is_first_choice": 2,
+        "target_was_first_choice": 0, "prompts_hit": 1, "control_hits_median": 0.0,
         "ce_original": 1.0, "ce_reconstruction": 1.25, "reconstruction_first_choice_stays": 2, "keep_error": True, "announcing_latent_is_number": [1, None],
         "doses": [{"dose": d, "surprise": s} for d, s in ((0.0, 0.5), (1.0, 1.5), (4.0, 9.0))], "ablation_log_odds_change": [-1.0, -2.0], "ablation_removed": [7.5, 3.0, 8.0],
         "ablation_verdict": patching.verdict(-1.5, [0.0, -2.0], lowers=True)["says"], "notices": ["odd"],
@@ -494,7 +404,7 @@ def test_side_by_side_by_hand(result):
     first, second = result["comparison"]
     assert [p["shade"] for p in first["original"] + second["original"]] == [0.25, 1.0, 0.5] and not any(p["differs"] for p in first["original"])
     assert [p["differs"] for p in first["patched"]] == [False, True] and first["prompt"] == " a b" and second["positions"] == 3
-    assert first["p_before"] == pytest.approx(0.1) and first["p_after"] == pytest.approx(0.7) and first["log_odds_change"] == pytest.approx(math.log(0.7 / 0.3 * 9), rel=1e-4)
+    assert first["before"] == pytest.approx(math.log(0.1 / 0.9), rel=1e-4) and first["after"] == pytest.approx(math.log(0.7 / 0.3), rel=1e-4)
     assert first["moves"][0]["token"] == "a" and first["moves"][0]["change"] == pytest.approx(math.log(7), rel=1e-4)
     shaded = patching.shaded(Spaced(), [[0, 2], [0, 4]], [[2, 4], [2]], [[0.5, 2.0], [1.0]], "1,2,3")
     assert [shaded.count(f"rgba(1,2,3,{v})") for v in ("0.25", "1.00", "0.50")] == [1, 1, 1] and shaded.count("<br>") == 1
@@ -502,19 +412,37 @@ def test_side_by_side_by_hand(result):
 
 def test_the_findings_say_what_was_found(result, tmp_path):
     said = patching.findings(result)
-    assert said[0].startswith("Swap of latent 7 (<i>own</i>), 8 at scope last: the probability of '<b>' rose") and "1 of 2 prompts" in said[0] and "edited at 1 to 3 positions of each" in said[0]
-    assert "It stands out from its controls (p = 0.048: none of 20" in said[0] and "of like density, pushed as hard: 0 in the median" in said[0]
+    assert said[0].startswith("Swap of latents 7 (<i>own</i>), 8 at scope last: the log-odds of '<b>' changed by +2.6 on average") and "edited at 1 to 3 positions of each" in said[0]
+    assert "It stands out from its controls (p = 0.048: none of 20" in said[0] and "of like density, pushed as hard: +0.5 on average, 90 % of them +0.0 to +1.0, at most +1.0)" in said[0]
+    decides, rest = said[0].split("'<b>' is the first choice on 2 of 2 prompts, 0 without the edit, and that and at least 10 times as probable on 1 (controls: 0 in the median)")
+    assert "p = 0.048" in decides and "p =" not in rest
     assert "1.250 against 1.000" in said[1] and "ablations, too few effects to rank;" in said[2] and "no active latent was left unmeasured" in said[2] and "comes first on 1 of 2" in said[2]
     assert "by 1.50 nats per token, its own by 0.50; at dose 4 by 9.00" in said[3] and "by -1.50 on average (activation: 7.50 in sum is taken away, by controls 3.00 to 8.00). It does not stand out" in said[4]
     sampled = {"gradient_agreement": 0.66, "gradient_others": 12, "gradient_agreement_others": 0.5, "gradient_others_largest": 0.25}
     said = patching.findings(result | sampled)[2]
     assert "ablations, 0.66;" in said and "among 12 random active latents that the gradient did not choose, 0.50 (their largest effect 0.250 nats)" in said
-    other = result | {"lowers": True, "controls_matched_by": "activity", "edits_file": "mine.yaml", "ablation_log_odds_change": []}
+    other = result | {"lowers": True, "controls_matched_by": "activity", "edits_file": "mine.yaml", "ablation_log_odds_change": [], "attribution": []}
     said = patching.findings(other)
-    assert said[0].startswith("The edits of mine.yaml: the probability of '<b>' fell") and "active at the edited places about as much" in said[0] and len(said) == 4
+    assert said[0].startswith("The edits of mine.yaml: the log-odds of '<b>' changed") and "active at the edited places about as much" in said[0] and len(said) == 3
     body = patching.write_page(tmp_path / "p.html", "A <title>", result | {"findings": patching.findings(result)})
     page = (tmp_path / "p.html").read_text()
     assert "A &lt;title&gt;" in page and "<i>own" not in page and "&lt;i&gt;own" in body and "http" not in page and body.split("<main>")[1] in page and "Notice: odd" in body
+
+
+def test_where_nothing_stands_out_the_candidates_are_named(result):
+    said = patching.findings(result | patching.compared(torch.zeros(2), [torch.ones(2)] * 20, 0))
+    assert "does not stand out" in said[0] and said[1].startswith("Nothing stands out here.") and said[1].endswith("' of' by latent 3: make patch RUN=x")
+    assert "Nothing stands out" not in patching.findings(result)[1]
+
+
+def test_the_findings_of_a_topic(result, tmp_path):
+    beside = patching.compared(torch.tensor([1.0, 0.0]), [torch.tensor([0.0, 0.0])] * 20, 0, did="brought it into as many", cost=0.5)
+    topic = result | beside | {"topic_words": ["war", "<army>", "a", "b", "c"], "topic_said": 2, "topic_said_before": 1, "topic_count": 7, "topic_count_before": 3, "attribution": [], "ablation_log_odds_change": []}
+    said = patching.findings(topic)
+    assert "words of the topic (war, <army>, a, b, …) stand in 2 of 2 continuations, 7 in all, against 1, 3 in all, without the edit: 50% more" in said[0]
+    assert "0% on average, at most 0%)" in said[0] and "by 1.50 nats per token, its own by 0.50. It stands out" in said[0]
+    page = patching.write_page(tmp_path / "p.html", "T", topic | {"findings": said})
+    assert "Words of the topic: <b>war, &lt;army&gt;" in page and "-2 → 0" in page  # log-odds here, cut to whole numbers as counts are
 
 
 def test_an_edit_that_reaches_no_position_is_told():

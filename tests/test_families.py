@@ -115,8 +115,7 @@ def test_passes_that_share_the_layers_below(family):
         below = fidelity.Below(model, hook_of(model, 2))
         assert len(below.layers) == 2 and below.agrees(ids, mask) and below.layers
         whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        with editing.head_at(model, mask.bool()):
-            some = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        some = editing.logits_at(model, ids, mask, mask.bool())
     assert some.shape == (1, 8, whole.shape[2])
     torch.testing.assert_close(some[0], whole[mask.bool()], rtol=1e-5, atol=1e-5)
 

@@ -192,7 +192,7 @@ def test_names_come_onto_the_page_of_a_finished_run(run, capsys):
 def test_the_patch_does_something_a_person_can_see(patch):
     result = read(patch / "patching.json")
     assert result["prompts"] == 10 and result["prompts_hit"] >= 8 and result["unedited_is_the_same_bits"]
-    assert sorted(result["control_hits"])[len(result["control_hits"]) // 2] <= 6 and len(result["controls"]) == 20
+    assert result["control_hits_median"] <= 3 and len(result["controls"]) == len(result["control_hits"]) == 20
     assert result["positions_edited"] == [1] * 10 == [row["positions"] for row in result["comparison"]] and "edited at 1 position of each" in result["finding"]
     for row in result["comparison"]:  # text, and not babble: no token over and over, and after the word it goes on much as before
         patched = [piece["text"] for piece in row["patched"]]
@@ -201,8 +201,10 @@ def test_the_patch_does_something_a_person_can_see(patch):
     assert sum(row["patched"][0]["text"].strip() == "red" for row in result["comparison"]) == result["target_is_first_choice"] >= 8
     surprise = {row["dose"]: row["surprise"] for row in result["doses"]}
     assert surprise[0] < 0.8 and surprise[1] < 2
-    edit = sum(r["log_odds_change"] for r in result["comparison"]) / 10
-    assert result["controls_as_good"] <= 2 and result["control_interval"][1] < result["log_odds_interval"][0] < edit < result["log_odds_interval"][1]
+    assert result["target_was_first_choice"] == 0 and result["stands_out"] and "It stands out" in result["finding"]
+    edit = sum(r["after"] - r["before"] for r in result["comparison"]) / 10
+    assert result["change"] == pytest.approx(edit) and edit > 6
+    assert result["controls_as_good"] == 0 and result["control_interval"][1] < result["change_interval"][0] < edit < result["change_interval"][1]
     for row in result["comparison"]:
         texts = {arm: "".join(piece["text"] for piece in row[arm]) for arm in ("original", "reconstruction", "patched")}
         assert all(texts.values()) and not any(piece["differs"] for piece in row["original"])
@@ -212,7 +214,7 @@ def test_the_patch_does_something_a_person_can_see(patch):
             assert [p["text"] for p in row["patched"][:first]] == [p["text"] for p in row["original"][:first]] and row["patched"][first]["text"] != row["original"][first]["text"]
         assert row["original"][0]["kl"] > max(piece["kl"] for piece in row["original"][1:])  # the edit was of one place
     ablated = sum(result["ablation_log_odds_change"]) / len(result["ablation_log_odds_change"])
-    assert ablated < -0.5 and ablated < min(result["ablation_controls"])
+    assert ablated < -0.5 and sum(c <= ablated for c in result["ablation_controls"]) <= 2
     page = (patch / "patching.html").read_text()
     assert result["finding"].split(":")[0] in page and "http" not in page and (patch / ".done").exists()
 
@@ -220,12 +222,32 @@ def test_the_patch_does_something_a_person_can_see(patch):
 def test_doses_go_from_no_edit_through_the_edit(patch):
     result = read(patch / "patching.json")
     by_dose = {row["dose"]: row for row in result["doses"]}
-    before = [torch.tensor(row["p_before"]).log() for row in result["comparison"]]
-    after = [torch.tensor(row["p_after"]).log() for row in result["comparison"]]
-    assert by_dose[0]["log_probability"] == pytest.approx(sum(before).item() / 10, abs=1e-3) and by_dose[0]["hit"] == 0
-    assert by_dose[1]["log_probability"] == pytest.approx(sum(after).item() / 10, abs=1e-3) and by_dose[1]["hit"] == result["prompts_hit"]
-    assert by_dose[0.25]["log_probability"] > by_dose[0]["log_probability"] and by_dose[1]["surprise"] > by_dose[0]["surprise"]
-    assert all(len(line) == len(by_dose) and line[0] == pytest.approx(by_dose[0]["log_probability"], abs=1e-4) for line in result["control_doses"])
+    assert by_dose[0]["measure"] == pytest.approx(sum(row["before"] for row in result["comparison"]) / 10) and by_dose[1]["measure"] == pytest.approx(sum(row["after"] for row in result["comparison"]) / 10)
+    assert by_dose[0.25]["measure"] > by_dose[0]["measure"] and by_dose[1]["surprise"] > by_dose[0]["surprise"]
+    assert len(result["control_doses"]) == 5 and len(result["control_changes"]) == 20
+    for line, change in zip(result["control_doses"], result["control_changes"], strict=False):
+        assert len(line) == len(by_dose) and line[0] == pytest.approx(by_dose[0]["measure"], abs=1e-3) and line[list(by_dose).index(1.0)] == pytest.approx(by_dose[0]["measure"] + change, abs=1e-3)
+
+
+def test_by_default_a_word_is_found_and_brought(run):
+    """Nothing is named: of words and latents that announce them, those that do something when they are set."""
+    result = read(experiment.launch("patch_neurons", ["-p", "run_dir", str(run), "-p", "name", "found"]) / "patching.json")
+    assert result["prompts"] == 10 and result["stands_out"] and result["target_is_first_choice"] >= 8 > result["target_was_first_choice"]
+    assert result["target"].isalpha() and len(result["sources"]) == len(set(result["sources"])) >= 2 and not set(result["edited"]) & set(result["silenced"])
+    assert all("make patch RUN=demo P=" in c["command"] for c in result["candidates"]) and len(result["candidates"]) >= 5
+
+
+def test_a_topic_is_brought_into_what_the_model_writes(run):
+    topic = {"topic_words": ["zoo"], "strength": 1.5, "max_new_tokens": 24, "name": "zoo"}
+    patched = experiment.launch("patch_neurons", ["-p", "run_dir", str(run), "-y", json.dumps(topic)])
+    result, page = read(patched / "patching.json"), (patched / "patching.html").read_text()
+    assert result["scope"] == "generated" and result["operation"] == "set_value" and all(n > 10 for n in result["positions_edited"]) and not result["silenced"]
+    texts = {arm: ["".join(piece["text"] for piece in row[arm]) for row in result["comparison"]] for arm in ("original", "patched")}
+    assert [row["after"] for row in result["comparison"]] == [text.split().count("zoo") for text in texts["patched"]]
+    assert result["topic_said"] == sum("zoo" in text for text in texts["patched"]) >= 7 and result["topic_said_before"] == sum("zoo" in text for text in texts["original"]) <= 2
+    assert result["change"] == pytest.approx((result["topic_said"] - result["topic_said_before"]) / 10) and result["p"] == pytest.approx(1 / 21)
+    cost = {row["dose"]: row["surprise"] for row in result["doses"]}
+    assert result["stands_out"] == (cost[1.0] - cost[0.0] <= 1) and "Words of the topic: <b>zoo" in page and result["attribution"] == []
 
 
 def test_the_model_says_its_word_by_the_latent_that_announces_it(patch):

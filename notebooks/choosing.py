@@ -1,0 +1,367 @@
+"""What an experiment with edits is about: which word or topic, which latents, which places. Everything here looks at
+one half of the held-out text, so that the other half can try what was chosen."""
+
+import math
+import re
+import unicodedata
+
+import torch
+from torch import Tensor
+
+import editing
+import sae_utils
+from sae_utils import UserError
+
+# Letters of scripts that put no space between words: Thai to Tibetan, Burmese, Khmer, kana, Chinese characters.
+UNSPACED = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+LONGEST = 64  # tokens of a place's text: what is measured there is paid for by the token
+LEAST_CERTAIN = 0.1  # the probability of the model's first choice at a place where an edit is tried
+LEAST_F1 = 0.2  # below which a latent does not announce its word
+
+
+# ---------------------------------------------------------------------------------------------
+# Halves of the held-out text, and what follows each row
+# ---------------------------------------------------------------------------------------------
+
+
+def second_half(held_out: Tensor, owner) -> int:
+    """The window at which the second half of the held-out windows begins, as near to the middle as a document
+    ends (`owner` (windows,): its document); of one long document simply the middle. `held_out` (windows,), boolean.
+    UserError where there is a single window."""
+    windows, owner = held_out.nonzero().flatten(), torch.as_tensor(owner)
+    borders = (owner[windows][1:] != owner[windows][:-1]).nonzero().flatten() + 1  # where a new document begins
+    half = len(windows) // 2
+    half = int(borders[(borders - half).abs().argmin()]) if len(borders) else half
+    if half == 0:
+        raise UserError("the held-out text is a single window: there is nothing to choose and to try on.")
+    return int(windows[half])
+
+
+def followers(rows) -> Tensor:
+    """(N,): the token that follows each row, -1 where its window ends."""
+    flat = torch.tensor([t for window in rows.windows for t in [*window, -1]])
+    begins = torch.tensor([0, *[len(window) + 1 for window in rows.windows]]).cumsum(0)
+    return flat[begins[rows.window] + rows.position + 1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------
+
+
+def letters(text: str) -> bool:
+    """Whether a text is letters alone, with the marks that belong to them."""
+    return bool(text) and all(unicodedata.category(c)[0] in "LM" for c in text) and unicodedata.category(text[0])[0] == "L"
+
+
+def begins_word(text: str) -> bool:
+    """Whether a token's text may be a word from its beginning: letters after a space, or of a script without spaces."""
+    return letters(text.removeprefix(" ")) and (text[0] == " " or bool(UNSPACED.match(text)))
+
+
+def whole_words(token: Tensor, next_token: Tensor, as_text, most_continued: float = 0.1) -> set[int]:
+    """The tokens that are words by themselves in a text: they begin one, and letters that go on with it follow at most
+    in a share `most_continued` of the places. `token` (n,), `next_token` (n,): the text's pairs of neighbours."""
+    pairs, counts = torch.stack([token, next_token], 1)[next_token >= 0].unique(dim=0, return_counts=True)
+    total, continued = {}, {}
+    for (a, b), n in zip(pairs.tolist(), counts.tolist(), strict=True):
+        total[a] = total.get(a, 0) + n
+        continued[a] = continued.get(a, 0) + n * letters(as_text(b)[:1])
+    spaced = lambda a: not UNSPACED.search(as_text(a))
+    return {a for a, n in total.items() if begins_word(as_text(a)) and not (spaced(a) and continued[a] > most_continued * n)}
+
+
+def frequent_words(token: Tensor, next_token: Tensor, as_text, most: int = 200) -> list[int]:
+    """Of the text's `whole_words` the `most` that most often come next, the most frequent first."""
+    words = whole_words(token, next_token, as_text)
+    follow, counts = next_token.unique(return_counts=True)
+    return [t for t in follow[counts.argsort(descending=True, stable=True)].tolist() if t in words][:most]
+
+
+def token_of(tokenizer, word: str, seen: Tensor) -> int:
+    """The token of a word: of those it may have, with a space in front or without, the one `seen` (n,) most often.
+    UserError where it is not one token, or not seen."""
+    forms = dict.fromkeys([word, " " + word.strip(), word.strip()])
+    ids = [ids[0] for ids in sae_utils.encode_text(tokenizer, list(forms)) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id]
+    if not ids:
+        (whole,) = sae_utils.encode_text(tokenizer, [word])
+        raise UserError(f"{word!r} is {len(whole)} tokens for this model, not one: {[tokenizer.decode([i]) for i in whole]}.")
+    best = max(ids, key=lambda i: int((seen == i).sum()))
+    if not (seen == best).any():
+        raise UserError(f"{word!r} never comes up in the held-out text: choose a word that does.")
+    return best
+
+
+def count_words(text: str, words: list[str]) -> int:
+    """How often one of the words stands in a text: whole words, in capitals or not; in scripts that put no space between
+    words, wherever its letters stand."""
+    bounded = lambda word: re.escape(word) if UNSPACED.search(word) else rf"(?<!\w){re.escape(word)}(?!\w)"
+    return len(re.findall("|".join(bounded(word) for word in sorted(words, key=len, reverse=True)), text, re.IGNORECASE))
+
+
+# ---------------------------------------------------------------------------------------------
+# Latents: where they fire, and what they do
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def announce_f1(sae: sae_utils.SAE, activations: Tensor, index: Tensor, next_token: Tensor, words: list[int], chunk: int = 4096) -> Tensor:
+    """F1 (len(words), d_sae) of each latent, over the rows `index`, for 'this word comes next', at the best of three
+    thresholds: a tenth, a quarter and half of its maximum. `next_token` (N,) of every row.
+
+    Products of 0/1 matrices count how often a latent is on and the word follows; nothing larger than a chunk is held.
+    """
+    device = sae.W_enc.device
+    is_word, best = torch.tensor(words)[:, None], torch.zeros(len(words), sae.d_sae, device=device)
+    for share in (0.1, 0.25, 0.5):
+        both, fired, said = 0, 0, 0
+        for part in index.split(chunk):
+            on = (sae.encode(activations[part].to(device)) > share * sae.max_act).float()
+            follows = (next_token[part] == is_word).float().to(device)
+            both, fired, said = both + follows @ on, fired + on.sum(0), said + follows.sum(1, keepdim=True)
+        best = torch.maximum(best, 2 * both / (fired + said).clamp_min(1))
+    return best.cpu()
+
+
+def log_odds(logprobs: Tensor, tokens: int | list[int]) -> Tensor:
+    """ln(p / (1 - p)) of a token, or of any of several, (…,), from log-probabilities (…, d_vocab); in float64, since a
+    sure model leaves 1 - p only a few digits."""
+    tokens = [tokens] if isinstance(tokens, int) else tokens
+    logp = logprobs[..., tokens].double().logsumexp(-1)
+    return logp - torch.log1p(-logp.exp().clamp_max(1 - 1e-12))
+
+
+# ---------------------------------------------------------------------------------------------
+# Places: what the model says there by itself
+# ---------------------------------------------------------------------------------------------
+
+
+def survey(model, rows, index: Tensor, next_token: Tensor, words: list[int], seed: int = 0, tokens: int = 6000) -> dict:
+    """What the model says at places where one of `words` comes, among the rows `index`: {prompts, window (n,), says (n,),
+    value (n,), odds (n, len(words)), words}: the text up to each place as token ids and the window it is from, the first
+    choice there, its probability, and the log-odds of each of the words. Of windows in random order as many are run as come to `tokens`, none beyond
+    LONGEST tokens; at most eight places each. `next_token` (N,) as `followers` gives it."""
+    fits = index[torch.isin(next_token[index], torch.tensor(words)) & (rows.position[index] < LONGEST)]
+    by_window: dict[int, list[int]] = {}
+    for window, position in zip(rows.window[fits].tolist(), rows.position[fits].tolist(), strict=True):
+        by_window.setdefault(window, []).append(position)
+    windows, drawn, texts, places = list(by_window), [], [], []
+    for i in torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist():
+        if tokens > 0:
+            drawn.append(windows[i])
+            places.append(sorted(by_window[windows[i]])[-8:])
+            texts.append(rows.windows[windows[i]][: places[-1][-1] + 1])
+            tokens -= len(texts[-1])
+    prompts, window, says, value, odds = {}, [], [], [], [torch.zeros(0, len(words))]
+    for number, text, place, logprobs in zip(drawn, texts, places, editing.logprobs_at(model, texts, places, texts), strict=True):
+        new = [i for i, position in enumerate(place) if tuple(text[: position + 1]) not in prompts]  # a text that comes twice counts once
+        prompts |= dict.fromkeys(tuple(text[: place[i] + 1]) for i in new)
+        window += [number] * len(new)
+        says += logprobs[new].argmax(1).tolist()
+        value += logprobs[new].amax(1).exp().tolist()
+        odds.append(log_odds(logprobs[new][:, words, None], 0).float())
+    return {"prompts": [list(text) for text in prompts], "window": window, "says": torch.tensor(says, dtype=torch.long), "value": torch.tensor(value), "odds": torch.cat(odds), "words": words}
+
+
+def certain(seen: dict, words, at_most: int) -> tuple[list[int], float]:
+    """(places, least): the at most `at_most` places in `seen` (`survey`), one a window, where one of `words` is the
+    model's first choice with the largest probability, none below LEAST_CERTAIN; and the smallest of these."""
+    says_one, found = torch.isin(seen["says"], torch.tensor(sorted(words), dtype=torch.long)), {}
+    for place in seen["value"].argsort(descending=True, stable=True).tolist():
+        if says_one[place] and seen["value"][place] >= LEAST_CERTAIN:
+            found.setdefault(seen["window"][place], place)
+    places = list(found.values())[:at_most]
+    return places, min(seen["value"][places].tolist(), default=0.0)
+
+
+def rivals(word: int, seen: dict, most: int = 10, places: int = 30) -> list[int]:
+    """Words that the model says where `word` is its next best guess: of the `places` at which it says another one of
+    the words in `seen` (`survey`) and `word` has the highest log-odds, what it says there, the most frequent first."""
+    says = seen["says"]
+    other = torch.isin(says, torch.tensor(seen["words"])) & (says != word)
+    odds = torch.where(other, seen["odds"][:, seen["words"].index(word)], -math.inf)
+    best = odds.argsort(descending=True, stable=True)[: min(places, int(other.sum()))]
+    found, counts = says[best].unique(return_counts=True)
+    return found[counts.argsort(descending=True, stable=True)][:most].tolist()
+
+
+def own_latents(words: list[int], f1: Tensor, taken: list[int] = (), least: float = LEAST_F1) -> dict[int, int]:
+    """{word: the latent that announces it best}, no latent for two words: each word in turn takes the best one that is
+    left, and words for which none reaches an F1 of `least` are left out. `f1` (len(words), d_sae)."""
+    found, taken = {}, set(taken)
+    for word, scores in zip(words, f1, strict=True):
+        scores = scores.clone()
+        scores[list(taken)] = 0
+        if scores.max() >= least:
+            found[word] = int(scores.argmax())
+            taken.add(found[word])
+    return found
+
+
+def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[list[int]], places: list, prompts: list[list[int]], target: list[int], scope) -> Tensor:
+    """(d_sae,): to first order, the mean change over all `places` of `texts` (as for `editing.logprobs_at`) of the
+    log-odds that one of the tokens `target` comes next, where a latent is raised by its largest activation at the
+    positions in `scope`."""
+    caught = {}
+
+    def hook(module, args, output):
+        x = sae_utils.first_output(output).detach().requires_grad_()
+        caught["x"] = x
+        x = x.clone()  # some models go on in place (Falcon)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    ids, mask = sae_utils.pad(texts, device=model.device)
+    tracker, most = editing.TokenTracker(tokenizer), max(map(len, places))
+    with editing.stating(model, prompts):
+        tracker(model, (), {"input_ids": ids, "attention_mask": mask})
+    index = torch.tensor([[*place, *[0] * (most - len(place))] for place in places], device=ids.device)
+    there = torch.tensor([[True] * len(place) + [False] * (most - len(place)) for place in places], device=ids.device)
+    handle = model.get_submodule(hook_name).register_forward_hook(hook)
+    try:
+        with torch.enable_grad():
+            logits = editing.logits_at(model, ids, mask, index)
+            odds = log_odds(logits[there].float().log_softmax(-1), target).mean()
+            (gradient,) = torch.autograd.grad(odds, caught["x"])
+    finally:
+        handle.remove()
+    with torch.no_grad():
+        _, norm = sae.normalise(caught["x"].detach())
+        pushed = torch.where(tracker.where(scope)[:, :, None], (gradient.float() * norm).reshape(*ids.shape, -1), 0.0).sum((0, 1))
+        return ((pushed @ sae.W_dec.T) * sae.max_act).cpu()
+
+
+# ---------------------------------------------------------------------------------------------
+# A word, and the latents that bring it
+# ---------------------------------------------------------------------------------------------
+
+
+def tried(model, tokenizer, hook_name: str, sae: sae_utils.SAE, pairs: list[tuple], seen: dict, places: list[int], word: int) -> dict:
+    """What an edit, (patch, scope) `pairs`, does at `places` of `seen` (`survey`): {change, beyond, first, of}, the mean
+    change of the log-odds of `word`, by how much that exceeds the median change of all the words (a blow moves every
+    rare word up), and at how many of the places the word is then the first choice."""
+    with editing.intervene(model, hook_name, sae, tokenizer, pairs):
+        after = editing.next_logprobs(model, [seen["prompts"][place] for place in places])
+    moved = log_odds(after[:, seen["words"], None], 0) - seen["odds"][places]
+    change = moved[:, seen["words"].index(word)]
+    return {"change": change.mean().item(), "beyond": (change - moved.median(1).values).mean().item(), "first": int((after.argmax(1) == word).sum()), "of": len(places)}
+
+
+def candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, seen: dict, f1: Tensor, pairs_of, scope, *, target=None, sources=(), latents=(), lowers=False, most: int = 10) -> list[dict]:
+    """Words with latents and what an edit of these does at places of `seen` (`survey`), the best first: {word, sources,
+    own, latents, f1, change, beyond, first, of}; the best are those that bring their word most often, then those that move
+    it farthest beyond others (down, with `lowers`).
+
+    Words are `target` alone, or the `most` that a latent announces best of those that the model says itself. `f1`
+    (len(seen["words"]), d_sae) is of all the words in `seen`; `pairs_of(latents)` gives the edit's (patch, scope)
+    pairs; `scope` is where it lands. Latents tried for a word are `latents` together, or the two that announce it best
+    and the two that the gradient puts first, one by one. A word's `sources` are given or its `rivals`; `own` {source:
+    latent} are those with a latent of their own, and without sources given only they are kept.
+    """
+    words, often = seen["words"], seen["says"].bincount(minlength=max(seen["words"]) + 1)
+    live = (sae.density > 0).cpu()
+    ranked = [words[i] for i in f1[:, latents or slice(None)].amax(1).argsort(descending=True, stable=True).tolist()]
+    names = [target] if target is not None else [word for word in ranked if often[word] >= 2][:most]
+    found = []
+    for word in names:
+        scores = f1[words.index(word)]
+        between = list(sources) or rivals(word, seen)
+        own = own_latents(between, f1[[words.index(s) for s in between]], [*latents, int(scores.argmax())])
+        between = list(sources) or list(own) or (between if target is not None else [])
+        places, _ = certain(seen, [word] if lowers else between, 6)
+        if not places:
+            continue
+        pool = [list(latents)] if latents else [[i] for i in scores.topk(2).indices.tolist() if scores[i] > 0]
+        if not latents:
+            prompts = [seen["prompts"][place] for place in places]
+            slope = slopes(model, tokenizer, hook_name, sae, prompts, [[len(prompt) - 1] for prompt in prompts], prompts, [word], scope)
+            pool += [[i] for i in torch.where(live, -slope if lowers else slope, -math.inf).topk(2).indices.tolist() if [i] not in pool]
+        for group in pool:
+            facts = {"word": word, "sources": between, "own": {s: i for s, i in own.items() if i not in group}, "latents": group, "f1": scores[group].max().item()}
+            found.append(facts | tried(model, tokenizer, hook_name, sae, pairs_of(group), seen, places, word))
+    sign = -1 if lowers else 1
+    return sorted(found, key=lambda c: (-sign * c["first"] / c["of"], -sign * c["beyond"]))
+
+
+# ---------------------------------------------------------------------------------------------
+# A topic, and the latents that bring it
+# ---------------------------------------------------------------------------------------------
+
+
+def topic_tokens(tokenizer, words: list[str]) -> list[int]:
+    """The tokens that are one of the words, with a space in front or without, capitalised or not. UserError where no
+    word is a single token."""
+    forms = dict.fromkeys(form for word in words for form in (f" {word}", word, f" {word.capitalize()}", word.capitalize()))
+    ids = {ids[0] for ids in sae_utils.encode_text(tokenizer, list(forms)) if len(ids) == 1} - {tokenizer.unk_token_id}
+    if not ids:
+        raise UserError(f"topic_words: none of {', '.join(words)} is a single token for this model: name other words, or latents.")
+    return sorted(ids)
+
+
+def openings(rows, index: Tensor, n: int, length: int = 12) -> list[list[int]]:
+    """The first `length` text tokens, with BOS where there is one, of `n` windows at equal steps among the rows `index`."""
+    windows = rows.window[index].unique()
+    chosen = windows[torch.linspace(0, len(windows) - 1, min(n, len(windows))).long()].tolist()
+    return [rows.windows[window][: length + 1] for window in chosen]
+
+
+def some_rows(rows, without: Tensor, seed: int = 0, most: int = 40_000) -> Tensor:
+    """Rows of windows in random order until they are `most`, none of those in `without` (N,), nor any that is not finite."""
+    fits = rows.finite & ~without
+    windows = rows.window[fits].unique()
+    order = torch.empty(len(rows.windows), dtype=torch.long)
+    order[windows] = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    index = fits.nonzero().flatten()
+    last = order[rows.window[index]].bincount().cumsum(0).le(most).sum()  # windows that fit
+    return index[order[rows.window[index]] < max(1, int(last))]
+
+
+@torch.no_grad()
+def share_in_topic(sae: sae_utils.SAE, rows, index: Tensor, tokens: list[int], least: int = 2, chunk: int = 4096) -> Tensor:
+    """(d_sae,): which share of a latent's activation, over the rows `index`, lies in windows that hold at least `least` of
+    the topic's `tokens`; 0 for latents that fire on fewer than 15 of the rows."""
+    said = torch.isin(rows.token_ids[index], torch.tensor(tokens)).long()
+    topical = torch.zeros(len(rows.windows), dtype=torch.long).index_add_(0, rows.window[index], said) >= least
+    inside, total, fired = 0, 0, 0
+    for part in index.split(chunk):
+        acts = sae.encode(rows.activations[part].to(sae.W_enc.device)).cpu()
+        inside, total, fired = inside + acts[topical[rows.window[part]]].sum(0), total + acts.sum(0), fired + (acts > 0).sum(0)
+    return torch.where(fired >= 15, inside / total.clamp_min(1e-9), 0.0)
+
+
+def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 5) -> dict[int, str]:
+    """{latent: why} that may bring a topic of which `tokens` are the words, `most` of each kind: "text", the largest
+    shares of their activation lie in text about it (`share_in_topic`, rows `index`); "words", they fire best on its words
+    or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most in what the model
+    has `written` after `prompts` (`slopes`). `next_token` (N,) as `followers` gives it."""
+    either = (torch.isin(rows.token_ids, torch.tensor(tokens)) | torch.isin(next_token, torch.tensor(tokens))).long()
+    texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
+    places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    ranked = {
+        "text": share_in_topic(sae, rows, index, tokens), "words": announce_f1(sae, rows.activations, index, either, [1])[0],
+        "gradient": slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope),
+    }  # fmt: skip
+    live, found = (sae.density > 0).cpu(), {}
+    for why, scores in ranked.items():
+        for latent in torch.where(live, scores, -math.inf).topk(most).indices.tolist():
+            found.setdefault(latent, why)
+    return found
+
+
+def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, words: list[str], pairs_of, as_text, max_cost: float, at_once: int = 96) -> list[dict]:
+    """Latents of `pool` {latent: why} and what an edit of each, (patch, scope) `pairs_of([latent])`, makes the model
+    write after `prompts`, as many tokens as it has `written` by itself: {latents, why, said, of, count, cost}, the best first.
+
+    said: continuations in which one of `words` stands; count: how many of them stand there in all; cost: nats per token
+    by which the text surprises the unpatched model more than its own does. Those that cost more than `max_cost` come last.
+    """
+    new, own, latents, found = max(map(len, written)), editing.surprise(model, prompts, written), list(pool), []
+    size = max(1, at_once // len(prompts))
+    for group in (latents[i : i + size] for i in range(0, len(latents), size)):
+        with editing.intervene(model, hook_name, sae, tokenizer, editing.together([pairs_of([latent]) for latent in group])):
+            texts = editing.generate(model, tokenizer, prompts * len(group), new)
+        for i, latent in enumerate(group):
+            arm = texts[i * len(prompts) : (i + 1) * len(prompts)]
+            counts = [count_words(as_text(ids), words) for ids in arm]
+            cost = editing.surprise(model, prompts, arm) - own
+            found.append({"latents": [latent], "why": pool[latent], "said": sum(n > 0 for n in counts), "of": len(prompts), "count": sum(counts), "cost": cost})
+    return sorted(found, key=lambda c: (c["cost"] > max_cost, -c["said"], -c["count"], c["cost"]))

@@ -1,0 +1,347 @@
+"""Words, places, latents and topics that an experiment is about: against values worked out by hand, by brute force, or by finite differences."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import HOOK, gemma, gpt2, word_tokenizer
+
+import choosing
+import editing
+import sae_utils as u
+
+
+class Spaced:
+    """As TokenText of a tokenizer whose token 2 i is " a", " b", …, and 2 i + 1 the same letter inside a word."""
+
+    def __call__(self, tokens):
+        if not isinstance(tokens, int):
+            return "".join(map(self, tokens))
+        return (" " if tokens % 2 == 0 else "") + chr(97 + tokens // 2)
+
+
+def fake_rows(windows, owners=None):
+    """Rows of all tokens but the first of each window."""
+    window, position = zip(*[(w, p) for w, ids in enumerate(windows) for p in range(1, len(ids))], strict=True)
+    return SimpleNamespace(windows=windows, window=torch.tensor(window), position=torch.tensor(position), window_document=owners if owners is not None else list(range(len(windows))))
+
+
+@pytest.fixture(params=["gemma", "gpt2"])
+def place(request, sae):
+    """(model, tokenizer, hook, sae) and the model in float64 beside it."""
+    model, hook = (gemma(), HOOK) if request.param == "gemma" else (gpt2(), "transformer.h.1.mlp.c_proj")
+    sae.max_act.copy_(torch.rand(48) + 0.5)
+    sae.density = torch.full((48,), 0.1)
+    return model, word_tokenizer(), hook, sae
+
+
+# Words
+
+
+def test_what_follows_each_row():
+    windows = [torch.randint(0, 9, (n,)).tolist() for n in (5, 2, 8, 3)]
+    rows = fake_rows(windows)
+    next_token = choosing.followers(rows)
+    for i, (w, p) in enumerate(zip(rows.window.tolist(), rows.position.tolist(), strict=True)):
+        assert next_token[i] == (windows[w][p + 1] if p + 1 < len(windows[w]) else -1)
+
+
+@pytest.mark.parametrize(("owners", "held_out", "expected"), [
+    ([0, 0, 1, 1, 1, 2, 2, 3], [1] * 8, 5), ([0, 0, 1, 1, 1, 2, 2, 3], [0, 0, 1, 1, 1, 1, 0, 0], 5), ([0] * 6, [0, 1, 1, 1, 1, 1], 3), ([0, 1], [1, 1], 1),
+])  # fmt: skip
+def test_the_halves_part_between_documents(owners, held_out, expected):
+    assert choosing.second_half(torch.tensor(held_out).bool(), owners) == expected
+    with pytest.raises(u.UserError, match="a single window"):
+        choosing.second_half(torch.tensor([False, True]), [0, 1])
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (" he", True), ("he", False), (" ", False), ("", False), (" 1", False), ("  a", False), (" don't", False), (" caf\u00e9", True), (" e\u0301", True), ("\u0301", False),
+    ("公园", True), ("去", True), (" 公", True), ("。", False), ("\ufffd", False), ("ひと", True), ("カメラ", True), ("ไทย", True), ("ភាសា", True), (" हिन्दी", True), ("दी", False),
+    (" привет", True), ("вет", False), ("서울", False), (" 서울", True), ("\n", False),
+])  # fmt: skip
+def test_tokens_that_may_be_words(text, expected):
+    assert choosing.begins_word(text) == expected
+
+
+def test_pieces_of_words_are_no_words():
+    """" b" goes on as "bd" in two of ten places, " c" in one of ten, " d" at none; what stands inside a word begins none."""
+    b, c, d, inside = 2, 4, 6, 7
+    pairs = [(b, inside)] * 2 + [(b, d)] * 8 + [(c, inside)] + [(c, d)] * 9 + [(d, c)] * 3 + [(inside, c)] * 5 + [(d, -1)]
+    token, next_token = torch.tensor(pairs)[torch.randperm(len(pairs))].T
+    assert choosing.whole_words(token, next_token, Spaced()) == {c, d}
+    assert choosing.whole_words(token, next_token, Spaced(), 0.2) == {b, c, d}
+    assert choosing.frequent_words(token, next_token, Spaced()) == [d, c] and choosing.frequent_words(token, next_token, Spaced(), 1) == [d]
+
+
+def test_chinese_has_words_although_letters_follow_everywhere():
+    as_text = lambda token: ["去", "公园", "。", "\ufffd", " he"][token]
+    token, next_token = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 1], [1, 0], [3, 0], [4, 2]]).T
+    assert choosing.whole_words(token, next_token, as_text) == {0, 1, 4}
+
+
+def test_a_word_is_one_token_that_comes_up(tokenizer):
+    cat = tokenizer.convert_tokens_to_ids("cat")
+    assert choosing.token_of(tokenizer, "cat", torch.tensor([1, cat])) == choosing.token_of(tokenizer, " cat", torch.tensor([cat])) == cat
+    for word, message in (("cat dog", "is 2 tokens"), ("zebra", "is 1 tokens|never comes up"), ("dog", "never comes up")):
+        with pytest.raises(u.UserError, match=message):
+            choosing.token_of(tokenizer, word, torch.tensor([1, cat]))
+
+
+def test_of_a_words_forms_the_one_that_the_text_uses(monkeypatch):
+    forms = {"he": [5], " he": [8], "the he": [1, 2]}
+    monkeypatch.setattr(u, "encode_text", lambda tokenizer, texts: [forms[text] for text in texts])
+    tokenizer = SimpleNamespace(unk_token_id=None, decode=str)
+    assert choosing.token_of(tokenizer, "he", torch.tensor([8, 8, 5])) == 8 and choosing.token_of(tokenizer, " he", torch.tensor([8, 5, 5])) == 5
+
+
+# Places
+
+
+def fake_seen(says, value, odds, window=None, words=(4, 6, 8, 10)):
+    return {"prompts": [[3, i] for i in range(len(says))], "window": window or list(range(len(says))), "says": torch.tensor(says), "value": torch.tensor(value), "odds": torch.tensor(odds), "words": list(words)}
+
+
+def test_a_survey_of_what_the_model_says(place):
+    model, tokenizer, hook, sae = place
+    windows = [[3, *torch.randint(4, 12, (n,)).tolist()] for n in (9, 6, 12)] + [[3, 5, 6, 7]] * 2
+    rows, words = fake_rows(windows), [4, 5, 6, 7]
+    next_token = choosing.followers(rows)
+    index = torch.arange(len(rows.window))
+    seen = choosing.survey(model, rows, index, next_token, words)
+    expected = {tuple(windows[w][: p + 1]) for w, p, t in zip(rows.window.tolist(), rows.position.tolist(), next_token.tolist(), strict=True) if t in words}
+    assert {tuple(prompt) for prompt in seen["prompts"]} == expected and len(seen["prompts"]) == len(expected)  # the window that comes twice counts once
+    alone = torch.cat([editing.next_logprobs(model, [prompt]) for prompt in seen["prompts"]])
+    assert seen["says"].tolist() == alone.argmax(1).tolist() and seen["value"].tolist() == pytest.approx(alone.amax(1).exp().tolist(), abs=1e-4)
+    by_hand = torch.stack([(alone[:, w].double().exp() / (1 - alone[:, w].double().exp())).log() for w in words], 1)
+    torch.testing.assert_close(seen["odds"].double(), by_hand, rtol=1e-3, atol=1e-3)
+    assert all(prompt == windows[w][: len(prompt)] for w, prompt in zip(seen["window"], seen["prompts"], strict=True))
+    some = choosing.survey(model, rows, index, next_token, words, tokens=1)
+    assert len(set(some["window"])) == 1 and choosing.survey(model, rows, index, next_token, [99])["odds"].shape == (0, 1)
+
+
+def test_the_most_certain_places_one_a_window():
+    seen = fake_seen([4, 6, 4, 9, 6, 6], [0.5, 0.9, 0.7, 0.99, 0.3, 0.05], [[0.0] * 4] * 6, [0, 1, 0, 2, 3, 4])
+    assert choosing.certain(seen, [4, 6], 9) == ([1, 2, 4], pytest.approx(0.3)) and choosing.certain(seen, {4}, 9)[0] == [2]
+    assert choosing.certain(seen, [4, 6], 2) == ([1, 2], pytest.approx(0.7)) and choosing.certain(seen, [8], 9) == ([], 0.0)
+
+
+def test_rivals_are_said_where_the_word_is_the_next_guess():
+    # 6 is said three times where 4 is near, 8 twice, 10 where 4 is far, 9 is no word of the list, and 4 is no rival of its own
+    says = [6, 6, 8, 6, 8, 10, 10, 10, 9, 4]
+    odds = [[o, 0.0, 0.0, 0.0] for o in (-1.0, -1.5, -2.0, -2.5, -3.0, -9.0, -9.0, -9.0, 5.0, 5.0)]
+    seen = fake_seen(says, [0.9] * 10, odds)
+    assert choosing.rivals(4, seen, places=5) == [6, 8] and choosing.rivals(4, seen, most=1, places=5) == [6]
+    assert set(choosing.rivals(4, seen)) == {6, 8, 10} and choosing.rivals(4, fake_seen([4, 9], [0.9] * 2, [[0.0] * 4] * 2)) == []
+
+
+def test_no_two_words_share_a_latent():
+    f1 = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.7, 0.3, 0.1, 0.0], [0.8, 0.1, 0.1, 0.0], [0.1, 0.1, 0.1, 0.5]])
+    assert choosing.own_latents([4, 6, 8, 10], f1) == {4: 0, 6: 1, 10: 3}  # for 8 nothing of 0.2 is left
+    assert choosing.own_latents([4, 6, 8, 10], f1, [0, 3]) == {4: 1} and choosing.own_latents([], f1[:0]) == {}
+
+
+# Latents
+
+
+def test_how_well_latents_announce_words_by_brute_force(sae):
+    x, next_token = torch.randn(400, 16) + sae.mean, torch.randint(0, 5, (400,))
+    sae.max_act.copy_(sae.encode(x).amax(0))
+    index, words = torch.randperm(400)[:300], [3, 0, 77]
+    got = choosing.announce_f1(sae, x, index, next_token, words, chunk=70)
+    acts = sae.encode(x[index]).double()
+    for w, word in enumerate(words):
+        says = next_token[index] == word
+        for latent in range(0, 48, 5):
+            best = 0.0
+            for share in (0.1, 0.25, 0.5):
+                on = acts[:, latent] > share * sae.max_act[latent].double()
+                both = int((on & says).sum())
+                best = max(best, 2 * both / max(1, int(on.sum()) + int(says.sum())))
+            assert got[w, latent].item() == pytest.approx(best, abs=2e-3)  # one row may lie on a threshold
+    assert got[:2].max() > 0.1 and not got[2].any()
+    for latent, share in ((4, 0.1), (11, 0.25), (30, 0.5)):  # each threshold is the right one for some latent
+        column = sae.encode(x)[:, latent]
+        follows = torch.where(column > share * sae.max_act[latent], 9, 0)
+        assert choosing.announce_f1(sae, x, torch.arange(400), follows, [9])[0, latent] > 0.995
+
+
+def test_log_odds_by_hand():
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.999999, 5e-7, 5e-7], [1e-6, 0.5, 0.499999]], dtype=torch.float64)
+    assert choosing.log_odds(p.log(), 0).tolist() == pytest.approx([0.0, math.log(0.999999 / 1e-6), math.log(1e-6 / 0.999999)], rel=1e-6)
+    assert choosing.log_odds(p.log(), [1, 2]).tolist() == pytest.approx([0.0, math.log(1e-6 / 0.999999), math.log(0.999999 / 1e-6)], rel=1e-5)
+    assert choosing.log_odds(torch.zeros(1, 2), 0).isfinite().all()  # the model is wholly sure
+
+
+@pytest.mark.parametrize("scope", ["last", "generated", "all"])
+def test_slopes_are_the_limit_of_small_pushes(place, scope):
+    """In float64, beside the mean log-odds with a latent raised by a hundredth of its maximum, and lowered."""
+    model, tokenizer, hook, sae = place
+    prompts = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6)]
+    texts = [prompt + torch.randint(4, 24, (3,)).tolist() for prompt in prompts]
+    places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    target = torch.randperm(20)[:2].add(4).tolist()
+    got = choosing.slopes(model, tokenizer, hook, sae, texts, places, prompts, target, scope)
+    model = model.double()
+
+    def raised(latent, amount):
+        odds = []
+        for prompt, text, at in zip(prompts, texts, places, strict=True):
+            where = {"last": [len(prompt) - 1], "generated": range(len(prompt), len(text)), "all": range(1, len(text))}[scope]
+
+            def push(module, args, out, where=where):
+                norm = (out[0] - sae.mean).norm(dim=1, keepdim=True)
+                out = out.clone()
+                for i in where:
+                    out[0, i] += amount * sae.max_act[latent] * sae.W_dec[latent].double() * norm[i]
+                return out
+
+            handle = model.get_submodule(hook).register_forward_hook(push)
+            logits = model(torch.tensor([text])).logits[0, list(at)].log_softmax(-1)
+            handle.remove()
+            p = logits[:, target].exp().sum(1)
+            odds += (p / (1 - p)).log().tolist()
+        return sum(odds) / len(odds)
+
+    for latent in range(0, 48, 5):
+        slope = (raised(latent, 0.01) - raised(latent, -0.01)) / 0.02
+        assert got[latent].item() == pytest.approx(slope, abs=2e-2 * got.abs().max().item())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_what_an_edit_does_is_measured_beside_other_words(place):
+    model, tokenizer, hook, sae = place
+    prompts = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)]
+    before, words, pairs = editing.next_logprobs(model, prompts), list(range(4, 20)), [(editing.set_value([7], 30.0), "last")]
+    seen = {"prompts": prompts, "odds": torch.stack([choosing.log_odds(before, w) for w in words], 1), "words": words}
+    with editing.intervene(model, hook, sae, tokenizer, pairs):
+        after = editing.next_logprobs(model, prompts)
+    got = choosing.tried(model, tokenizer, hook, sae, pairs, seen, [0, 2], 9)
+    moved = torch.stack([choosing.log_odds(after, w) - choosing.log_odds(before, w) for w in words], 1)[[0, 2]]
+    assert got["change"] == pytest.approx(moved[:, 5].mean().item(), abs=1e-4) and got["of"] == 2 and abs(got["change"]) > 1e-3
+    assert got["beyond"] == pytest.approx(sum((row[5] - sorted(row)[7]).item() for row in moved) / 2, abs=1e-4)
+    assert got["first"] == int((after[[0, 2]].argmax(1) == 9).sum())
+
+
+def test_candidates_are_ranked_by_what_they_do(monkeypatch, sae):
+    """Word 4 is announced best, by latent 0, which does nothing; latent 9, which announces nothing, brings it."""
+    sae.density = torch.ones(48)
+    says = [6] * 4 + [8] * 4 + [4] * 3 + [10]
+    seen = fake_seen(says, [0.9] * 12, [[-1.0, -2.0, -3.0, -4.0]] * 12)
+    f1 = torch.zeros(4, 48)
+    f1[0, 0], f1[1, 1], f1[2, 2], f1[2, 1], f1[3, 3] = 0.9, 0.5, 0.4, 0.6, 0.9
+    slope = torch.zeros(48)
+    slope[9], slope[2] = 5.0, 4.0
+    asked = []
+
+    def fake(model, tokenizer, hook, sae, pairs, seen, places, word):
+        asked.append((word, pairs, places))
+        return {"change": 1.0, "beyond": {0: 0.1, 9: 3.0}.get(pairs[0], 0.5) * (1 if word == 4 else 0.1), "first": len(places) * (pairs[0] in (9, 2)), "of": len(places)}
+
+    monkeypatch.setattr(choosing, "tried", fake)
+    monkeypatch.setattr(choosing, "slopes", lambda *args: slope)
+    find = lambda **more: choosing.candidates(None, None, "", sae, seen, f1, lambda latents: latents, "last", **more)
+    found = find()
+    assert {c["word"] for c in found} == {4, 6, 8}  # 10 is said once only
+    best = found[0]
+    assert (best["word"], best["latents"]) == (4, [9]) and best["own"] == {6: 1, 8: 2, 10: 3} and best["sources"] == [6, 8, 10] and best["f1"] == 0
+    assert [c["latents"] for c in found if c["word"] == 4] == [[9], [2], [0]]  # the latent that announces it best comes last
+    assert all(says[p] in (6, 8, 10) for word, _, places in asked for p in places if word == 4)
+    assert all(i not in c["own"].values() for c in found for i in c["latents"])  # no latent is set and silenced at once
+    asked.clear()
+    assert {tuple(c["latents"]) for c in find(latents=[5, 6], target=4)} == {(5, 6)} and asked[0][2] == [0, 1, 2, 3, 4, 5]
+    assert find(target=4, lowers=True)[0]["latents"] == [0] and {says[p] for p in asked[-1][2]} == {4}
+    assert [c["sources"] for c in find(target=4, sources=[10])] == [[10]] * 3 and find(target=4, sources=[10])[0]["own"] == {10: 3}
+
+
+# Topics
+
+
+def test_tokens_of_a_topic(tokenizer):
+    cat, dog = (tokenizer.convert_tokens_to_ids(w) for w in ("cat", "dog"))
+    assert choosing.topic_tokens(tokenizer, ["cat", "dog", "zebra", "cat dog"]) == sorted([cat, dog])
+    with pytest.raises(u.UserError, match="none of zebra, cat dog is a single token"):
+        choosing.topic_tokens(tokenizer, ["zebra", "cat dog"])
+
+
+def test_openings_are_at_equal_steps():
+    rows = fake_rows([[3, *range(10 * w, 10 * w + 9)] for w in range(1, 10)])
+    index = (rows.window >= 2).nonzero().flatten()
+    assert choosing.openings(rows, index, 3, 4) == [[3, *range(10 * w, 10 * w + 4)] for w in (3, 6, 9)]
+    assert len(choosing.openings(rows, index, 99, 4)) == 7
+
+
+def test_words_of_a_topic_are_counted_by_hand():
+    words = ["war", "Battle", "war ship", "海", "海军"]
+    assert choosing.count_words("War, wars; a warship, the BATTLE and war-like battle of 1812", words) == 4
+    assert choosing.count_words("the war ship", words) == 1 and choosing.count_words("", words) == 0  # the longest counts, once
+    assert choosing.count_words("他去了海边,海军来了", words) == 2 and choosing.count_words("a.b acb", ["a.b"]) == 1
+
+
+def topic_rows(n_windows=30):
+    """Rows with activations, in windows of eight tokens."""
+    rows = fake_rows([[3, *torch.randint(4, 12, (7,)).tolist()] for _ in range(n_windows)])
+    rows.token_ids = torch.tensor([rows.windows[w][p] for w, p in zip(rows.window.tolist(), rows.position.tolist(), strict=True)])
+    rows.activations, rows.finite = torch.randn(len(rows.window), 16), torch.ones(len(rows.window), dtype=torch.bool)
+    return rows
+
+
+def test_the_share_of_activation_in_text_about_a_topic(sae):
+    rows = topic_rows()
+    index = torch.randperm(len(rows.window))[:150]
+    got, acts = choosing.share_in_topic(sae, rows, index, [5, 9], chunk=40), sae.encode(rows.activations)
+    topical = {w for w in range(30) if sum(rows.token_ids[i] in (5, 9) for i in index.tolist() if rows.window[i] == w) >= 2}
+    assert 0 < len(topical) < 30
+    for latent in range(0, 48, 5):
+        fired = [i for i in index.tolist() if acts[i, latent] > 0]
+        inside = sum(acts[i, latent].item() for i in fired if int(rows.window[i]) in topical)
+        expected = inside / sum(acts[i, latent].item() for i in fired) if len(fired) >= 15 else 0.0
+        assert got[latent].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_some_rows_are_whole_windows():
+    rows = topic_rows()
+    rows.finite[5] = False
+    without = rows.window < 10
+    index = choosing.some_rows(rows, without, seed=1, most=40)
+    windows = rows.window[index].unique()
+    assert len(windows) == 5 and len(index) == 35 and windows.min() >= 10 and (rows.finite[index]).all()
+    assert len(choosing.some_rows(rows, without)) == 140 and 5 not in choosing.some_rows(rows, ~without).tolist() and len(choosing.some_rows(rows, without, most=1)) == 7
+    assert not torch.equal(choosing.some_rows(rows, without, seed=2, most=40), index)
+
+
+def test_three_ways_to_a_topic(place):
+    model, tokenizer, hook, sae = place
+    rows, prompts, written = topic_rows(), [[3, 5, 6], [3, 7, 8, 9]], [[10, 11, 12], [13]]
+    next_token, index = choosing.followers(rows), torch.arange(210)
+    sae.density[:4] = 0
+    pool = choosing.topic_pool(model, tokenizer, hook, sae, rows, index, next_token, [5, 9], prompts, written, "generated", most=3)
+    assert set(pool.values()) == {"text", "words", "gradient"} and 3 <= len(pool) <= 9 and min(pool) >= 4
+    share = choosing.share_in_topic(sae, rows, index, [5, 9])
+    share[:4] = -1
+    assert [latent for latent, why in pool.items() if why == "text"] == share.topk(3).indices.tolist()
+    slope = choosing.slopes(model, tokenizer, hook, sae, [[3, 5, 6, 10, 11, 12], [3, 7, 8, 9, 13]], [range(2, 6), range(3, 5)], prompts, [5, 9], "generated")
+    slope[:4] = -99
+    assert set(slope.topk(3).indices.tolist()) <= set(pool)
+
+
+def test_latents_for_a_topic_by_what_the_model_writes(place):
+    model, tokenizer, hook, sae = place
+    prompts = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)]
+    written = editing.generate(model, tokenizer, prompts, 6)
+    as_text, words = u.TokenText(tokenizer), ["dog", "cat", "see", "big", "red"]
+    pairs_of = lambda latents: [(editing.set_value(latents, 40.0), "generated")]
+    pool = dict.fromkeys(torch.randperm(48)[:7].tolist(), "text")
+    find = lambda most: choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, words, pairs_of, as_text, most, at_once=9)
+    found = find(99.0)
+    assert {c["latents"][0] for c in found} == set(pool) and [(-c["said"], -c["count"], c["cost"]) for c in found] == sorted((-c["said"], -c["count"], c["cost"]) for c in found)
+    for c in found:
+        with editing.intervene(model, hook, sae, tokenizer, pairs_of(c["latents"])):
+            alone = [editing.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+        counts = [sum(word in words for word in as_text(ids).split()) for ids in alone]
+        assert c["said"] == sum(n > 0 for n in counts) and c["count"] == sum(counts) and c["of"] == 3 and c["why"] == "text"
+        assert c["cost"] == pytest.approx(editing.surprise(model, prompts, alone) - editing.surprise(model, prompts, written), abs=1e-4)
+    limit = sorted(c["cost"] for c in found)[3]
+    dear = [c["cost"] > limit + 1e-6 for c in find(limit + 1e-6)]
+    assert dear == sorted(dear) and sum(dear) <= 3  # those that cost too much come last
