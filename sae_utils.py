@@ -394,6 +394,7 @@ class ReLU:
     name = "relu"
     knob = "l1_coeff"  # the parameter that sets how sparse it is
     alone = True  # a latent's activation hangs on no other latent's
+    beta2, eps, rates = 0.999, 1e-8, {}  # Adam's, and the learning rate of a parameter as a multiple of lr, by name
     jumps = False  # used afterwards with a threshold that is not learnt by gradients
 
     def tensors(self, d_sae: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -427,9 +428,14 @@ class ReLU:
 
 
 class TopK(ReLU):
-    """The k largest of each token (Gao et al. 2024)."""
+    """The k largest of each token (Gao et al. 2024).
+
+    A latent that is among them now and then has gradients far below Adam's usual eps, and a fast encoder or bias takes
+    it out for good, while the decoder can hardly be too fast: hence the settings of Adam, measured in the README's recipes.
+    """
 
     name, knob, alone = "topk", "k", False
+    beta2, eps, rates = 0.95, 1e-12, {"W_dec": 4.0, "b_enc": 0.2, "b_dec": 0.2}
 
     def kept(self, k, pre_acts, near=0.0):
         index = pre_acts.topk(k, sorted=False).indices

@@ -200,15 +200,15 @@ class Trainer:
         return first_mse + self.l1_coeff * l1 + self.auxk_weight * aux, mse, l1, fired, smallest
 
     def adam(self, lr: float | Tensor) -> None:
-        """Adam on all parameters; where this step or one before it was bad, nothing changes."""
+        """Adam on all parameters, each at its rate; where this step or one before it was bad, nothing changes."""
         if self.device.type == "mps" and not self.good:  # there the fused kernel has not been seen to honour found_inf
             return
-        names = list(self.parameters)
-        functional_adam(
-            list(self.parameters.values()), [self.gradients[name] for name in names], [self.first[name] for name in names],
-            [self.second[name] for name in names], [], [self.adam_steps[name] for name in names], fused=True, found_inf=1 - self.good,
-            amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
-        )  # fmt: skip
+        settings = {"beta1": 0.9, "beta2": self.rule.beta2, "eps": self.rule.eps, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+        for name, parameter in self.parameters.items():
+            functional_adam(
+                [parameter], [self.gradients[name]], [self.first[name]], [self.second[name]], [], [self.adam_steps[name]],
+                fused=True, found_inf=1 - self.good, lr=lr * self.rule.rates.get(name, 1.0), **settings,
+            )  # fmt: skip
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         """a @ b into `out`; on CUDA of bfloat16 factors, summed and kept in float32."""

@@ -4,8 +4,9 @@
     python tests/quality.py MODEL TEXT --grid                          how many activations, which L1 weight
     python tests/quality.py world --steps 4746                         hidden variables of the embedded world
     python tests/quality.py known                                      recipes, on directions that are known
+    python tests/quality.py rows STORE [--steps 2195] [--only batchtopk]   recipes of params/, on stored rows (runs/activations/<key>)
 
-Tables go to the terminal, rows to runs/quality.json.
+Tables go to the terminal, rows to runs/quality-<what>.json.
 """
 
 import argparse
@@ -30,8 +31,10 @@ import training
 
 
 def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, **recipe) -> sae_utils.SAE:
-    """`steps` steps of batch 512 over shuffled epochs of rows[index], as the notebook's loop does."""
+    """`steps` steps of batch 512 over shuffled epochs of rows[index], as the notebook's loop does, with its names and defaults
+    but for `l1_weight` (l1_coeff * d_in) and `normalize`."""
     recipe = {"architecture": "relu", "k": 0, "lr": 3e-3, "l1_weight": 0.147, "auxk_weight": 0.0, "normalize": "scale", "apply_b_dec_to_input": False, "seed": 0} | recipe
+    schedule = [recipe.get(name, default) for name, default in (("warmup_steps", 500), ("lr_min_ratio", 0.5), ("lr_decay_fraction", 0.8))]
     mean, norms = sae_utils.activation_stats(rows, index)
     scale = norms[index].double().mean().item() if recipe["normalize"] == "scale" else 0.0
     settings = {name: recipe[name] for name in ("seed", "architecture", "k", "apply_b_dec_to_input")}
@@ -46,7 +49,7 @@ def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, *
         training.shuffled_batches(rows, index[training.epoch_order(len(index), recipe["seed"], e)], 512) for e in epoch
     )
     for step, batch in enumerate(itertools.islice(batches, steps)):
-        trainer.step(trainer.normalise(batch), sae_utils.learning_rate(step, steps, recipe["lr"], 500, recipe.get("lr_min_ratio", 0.5), 0.8))
+        trainer.step(trainer.normalise(batch), sae_utils.learning_rate(step, steps, recipe["lr"], *schedule))
         if step % 100 == 99:
             trainer.read(reset=True)
     trainer.read()
@@ -67,6 +70,30 @@ GRID = {
     for w in (0.06, 0.147, 0.35)
     for n in (100_000, 200_000, 400_000, 700_000)
 }
+
+
+FALLING = {"warmup_steps": 50, "lr_min_ratio": 0.0, "lr_decay_fraction": 1.0, "dead_after": 20_000}  # as in params/
+ON_ROWS = {f"relu, L1 weight {w}": FALLING | {"l1_weight": w} for w in (0.06, 0.147, 0.35)}
+for architecture in ("batchtopk", "topk", "matryoshka"):
+    for k in (16, 32, 64):
+        ON_ROWS[f"{architecture} k {k}"] = FALLING | {"architecture": architecture, "k": k, "auxk_weight": 0.03, "lr": 2e-3}
+ON_ROWS |= {f"jumprelu, target {k}": FALLING | {"architecture": "jumprelu", "k": k, "l0_weight": 0.03} for k in (16, 32, 64)}
+# The reference's own settings, and other weights with these: `unit`, where an L1 weight means the most.
+ON_ROWS |= {f"reference, L1 weight {w}": {"normalize": "unit", "l1_weight": w} for w in (0.192, 0.1, 0.05)}
+
+
+def on_rows(options, recipes: dict) -> list[dict]:
+    rows = harvest.open_rows(Path(options.text).resolve())
+    index, other = (mask[rows.window].nonzero().flatten() for mask in harvest.split_windows(rows.window_document, 0.1))
+    results = []
+    for name, recipe in recipes.items():
+        begin = time.perf_counter()
+        sae = train(rows.activations, index, 8, options.steps, **recipe)
+        seconds = time.perf_counter() - begin
+        scores = sae_utils.score_rows(sae, rows.activations, other)
+        results.append({"recipe": name, **{figure: scores[figure] for figure in ("fvu", "l0", "dead")}, "train_fvu": sae_utils.score_rows(sae, rows.activations, index[::20])["fvu"], "seconds": seconds})
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
+    return results
 
 
 def on_text(options, recipes: dict) -> list[dict]:
@@ -170,26 +197,31 @@ def on_world(options, recipes: dict) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a model's folder or id, `known` or `world`")
-    parser.add_argument("text", nargs="?")
+    parser.add_argument("model", help="a model's folder or id, `known`, `world` or `rows`")
+    parser.add_argument("text", nargs="?", help="a text, or the folder of a store")
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--only", default="", help="recipes whose names hold one of these, parted by commas")
     options = parser.parse_args()
+    wanted = lambda recipes: {name: recipe for name, recipe in recipes.items() if any(part in name for part in options.only.split(","))}
     torch.set_flush_denormal(True)
     if options.model == "known":
         recipes = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.15, 0.3, 0.6)}
         recipes |= {f"{a} k 24": {"architecture": a, "k": 24, "auxk_weight": 1 / 32} for a in ("topk", "batchtopk", "matryoshka")}
         results = on_known(options, recipes)
+    elif options.model == "rows":
+        results = on_rows(options, wanted(ON_ROWS))
     elif options.model == "world":
         recipes = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.147, 0.35)}
         recipes |= {f"{a} k {k}": {"architecture": a, "k": k, "auxk_weight": 0.03} for a, k in (("batchtopk", 4), ("batchtopk", 7), ("matryoshka", 7))}
         recipes |= {"jumprelu, target 7": {"architecture": "jumprelu", "k": 7, "l0_weight": 0.03}, "gated, L1 weight 0.3": {"architecture": "gated", "l1_weight": 0.3}}
         results = on_world(options, recipes)
     else:
-        results = on_text(options, GRID if options.grid else RECIPES)
+        results = on_text(options, wanted(GRID if options.grid else RECIPES))
     table(options.model, results)
-    sae_utils.write_json(ROOT / "runs" / f"quality-{Path(options.model).name}{'-grid' * options.grid}.json", results)
+    what = Path(options.text if options.model == "rows" else options.model).name
+    sae_utils.write_json(ROOT / "runs" / f"quality-{what}{'-grid' * options.grid}.json", results)
 
 
 if __name__ == "__main__":
