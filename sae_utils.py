@@ -896,10 +896,10 @@ def shade(pieces: list[str], values, color: str = "255,140,0", top: float = 0.0,
     and the one at `framed` outlined; every token escaped, characters whole, spaces marked by a dot that a copy leaves out."""
     top = top or max([float(v) for v in values] + [1e-9])
     space = '<span style="opacity:.5;background:radial-gradient(circle,currentColor 1px,#0000 1.5px)"> </span>'
+    more = f'<span style="opacity:.6;user-select:none">{CONTINUED}</span>'
     boxes = (
         f'<span style="display:inline-block;margin:1px;padding:0 1px;border-radius:2px;outline:1px solid {"currentColor" if i == framed else "#8884"};'
-        f'{"" if piece else "color:gray;user-select:none;"}background:rgba({color},{max(0.0, float(v)) / top:.2f})" title="{float(v):.3g}">'
-        f"{html.escape(visible(piece)).replace(' ', space)}</span>"
+        f'background:rgba({color},{max(0.0, float(v)) / top:.2f})" title="{float(v):.3g}">{html.escape(visible(piece)).replace(" ", space) if piece else more}</span>'
         for i, (piece, v) in enumerate(zip(whole(pieces), values, strict=True))
     )
     return f'<span style="font-family:monospace;white-space:pre-wrap">{"".join(boxes)}</span>'
