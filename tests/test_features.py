@@ -128,7 +128,7 @@ def byte_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
     """Characters of MANY are tokens of one byte each ("bytes"), of some bytes ("merged", as GPT-2's and SmolLM2's),
     or fall back to <0xE9> where they are rare ("fallback", as Gemma's)."""
     if kind == "fallback":
-        pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁aéthypon“中", "\n"]
+        pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), *"▁aéthypon“中Ω", "\n"]
         merges = [("▁", "t"), ("▁t", "y"), ("p", "h"), ("o", "o"), ("oo", "n"), ("ph", "oon")]
         vocabulary = {piece: i for i, piece in enumerate(pieces + ["".join(pair) for pair in merges])}
         made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -219,6 +219,7 @@ def spread_page(tmp_path, kind):
         found[name] = torch.rand(3, n)
     found |= {"base_classes": torch.rand(5), "base_positions": torch.rand(8), "nearest": torch.tensor([1, 2, 0]), "nearest_cosine": torch.rand(3)}
     found["promoted"][1, 4] = tokenizer("phoon", add_special_tokens=False)["input_ids"][0]
+    found["promoted"][1, 5] = tokenizer("Ω", add_special_tokens=False)["input_ids"][0]
     density, path = torch.tensor([0.1, 0.2, 0.3]), tmp_path / "features.html"
     features.write_page(path, "spread", found, density, torch.ones(3), as_text, {1: "Snow"})
     return path, placed, found | {"density": density, "max_act": torch.ones(3)}, as_text
@@ -255,6 +256,7 @@ def test_a_word_of_two_tokens_is_found_in_a_browser(tmp_path):
     assert seen["found"] == ["2", "0", "1"] and seen["groups"] == ["fires most on it: 2", "promotes it: 1"]
     seen = browser.look(path, "龘")  # latent 2 fires on it in a place from the tenths
     assert seen["found"] == ["1", "2", "0"] and seen["groups"] == ["fires most on it: 1", "fires on it: 1", "has it near where it fires: 1"]
+    assert browser.look(path, "ω")["groups"] == ["promotes it: 1"]
     seen = browser.look(path, "snow")
     assert seen["found"] == ["1"] and seen["groups"] == ["has it as label or number: 1"]
     assert seen["contexts"][:2] == ["a typhoon a ☃\\xe2\\x98", "a typhoon a ☃☃龘 a"]  # cut at the edge, and not
