@@ -279,7 +279,7 @@ class Below:
 
 def enough(sums: Tensor, document, names: list[str], least: int = 32) -> bool:
     """Whether the SAE's increase of cross-entropy is known well enough to say something: half of the 95 % interval is
-    at most a third of the increase, or a two-hundredth of what zero ablation costs. `sums` (windows, arms, 5) as
+    at most a third of the increase, or a two-hundredth of what zero ablation costs (0.002 nats at most). `sums` (windows, arms, 5) as
     `text_sums` gives them; at least `least` windows, and two documents, are wanted.
 
     The interval is that of a ratio of sums over documents (delta method). It depends on nothing but the text, so
@@ -291,7 +291,7 @@ def enough(sums: Tensor, document, names: list[str], least: int = 32) -> bool:
     (rise, gap), (total, _) = by[..., TEXT_SUMS.index("rise")].T, by[..., -1].T
     mean, gap = rise.sum() / total.sum(), gap.sum() / by[:, 1, -1].sum()
     half = 1.96 * (rise - mean * total).square().sum().sqrt() / total.sum()
-    return len(by) > 1 and bool(half <= max(mean.abs() / 3, gap / 200))
+    return len(by) > 1 and bool(half <= max(mean.abs() / 3, min(gap / 200, 0.002)))
 
 
 @torch.inference_mode()
