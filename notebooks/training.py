@@ -23,6 +23,7 @@ from sae_utils import nonzero_flat
 # PART=training` prints both around it.
 SPARSE_BELOW = 0.08
 CHECKPOINT_VERSION = 2
+FIRST_K = 3.0  # how many times k latents are kept in the first step, where k is let fall
 THRESHOLD_DECAY = 0.99  # of the running mean of the smallest activation that a batch keeps
 
 
@@ -66,7 +67,8 @@ class Trainer:
     dense or sparse, for the architectures that have one (`has_kernel`; `kernel` False does without). AuxK is added where `auxk_weight` is above
     0, for the latents that were silent on the last `dead_after` rows. Architectures that are used with a
     threshold afterwards keep a running one, of the smallest activation that a batch kept; `settle` sets the
-    last one.
+    last one. Those that keep the k largest keep more at first: FIRST_K times k, which falls in a line to k over
+    `k_falls` steps, so that more latents have learnt something before they have to compete.
 
     Nothing is read back from the device within a kernel's step on CUDA, where it is recorded once and its parts
     launched together (a CUDA graph; `graphs` False launches them one by one). `read()`
@@ -76,9 +78,10 @@ class Trainer:
 
     def __init__(
         self, sae: sae_utils.SAE, l1_coeff: float = 0.0, auxk_weight: float = 0.0, dead_after: int = 100_000, l0_weight: float = 0.0,
-        sparse_below: float = SPARSE_BELOW, graphs: bool = True, kernel: bool = True,
+        sparse_below: float = SPARSE_BELOW, graphs: bool = True, kernel: bool = True, k_falls: int = 0,
     ):  # fmt: skip
         self.sae, self.rule, self.dead_after = sae.requires_grad_(False), sae.rule, dead_after
+        self.k_falls = k_falls if isinstance(sae.rule, sae_utils.TopK) else 0
         self.weights = {"l1_coeff": l1_coeff, "auxk_weight": auxk_weight, "l0_weight": l0_weight}
         self.auxk_weight, self.kernel = auxk_weight, kernel and has_kernel(self.rule)
         self.l1_coeff = l1_coeff if type(self.rule).penalty is sae_utils.ReLU.penalty else 0.0  # the kernel's
@@ -93,8 +96,8 @@ class Trainer:
         self.ends = self.rule.ends(sae.d_sae)
         self.product_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.sparse_below = sparse_below if self.device.type == "cpu" else 0.0
-        self.active_share = min(1.0, sae.k / sae.d_sae) if sae.k else 1.0  # of the entries, in the last step
         self.any_dead, self.steps, self.buffers = False, 0, {}
+        self.active_share = min(1.0, self.k_now() / sae.d_sae) if sae.k else 1.0  # of the entries, in the last step
         self.graphs, self.recorded, self.seen = graphs and self.kernel and self.device.type == "cuda", {}, {}
         if self.device.type == "cpu":
             with warnings.catch_warnings():  # torch says once that its sparse matrices are in beta; what is used here is tested
@@ -119,19 +122,28 @@ class Trainer:
         x = self.buffer("x", *batch.shape).copy_(batch).sub_(self.sae.mean)
         return x.div_(self.sae.norm_scale or torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-8))
 
+    def k_now(self) -> int:
+        """How many latents a token the next step keeps."""
+        left = max(0.0, 1 - self.steps / self.k_falls) if self.k_falls else 0.0
+        return min(self.sae.d_sae, round(self.sae.k * (1 + (FIRST_K - 1) * left)))
+
     @torch.no_grad()
     def step(self, x: Tensor, lr: float) -> None:
-        if self.graphs:
-            self.replay(x, lr)
-        else:
-            self.work(x, lr)
+        k, self.sae.k = self.sae.k, self.k_now()
+        try:
+            if self.graphs:
+                self.replay(x, lr)
+            else:
+                self.work(x, lr)
+        finally:
+            self.sae.k = k
         self.steps += 1
         if self.device.type == "cpu":
             self.active_share = self.fired.sum().item() / (len(x) * self.sae.d_sae)
 
     def replay(self, x: Tensor, lr: float) -> None:
-        """The step as a CUDA graph, one for each shape of batch, recorded after it was run three times."""
-        kind = (x.shape, self.any_dead)
+        """The step as a CUDA graph, one for each shape of batch and each k, recorded after it was run three times."""
+        kind = (x.shape, self.any_dead, self.sae.k)
         self.lr.fill_(lr)
         self.seen[kind] = self.seen.get(kind, 0) + 1
         if self.seen[kind] <= 3:

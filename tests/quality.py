@@ -43,7 +43,7 @@ def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, *
     some = rows[index[torch.randperm(len(index), generator=torch.Generator().manual_seed(recipe["seed"]))[:4096]]]
     sae.fit_scale(sae.normalise(some)[0])
     more = {name: recipe[name] for name in ("dead_after", "l0_weight") if name in recipe}
-    trainer = training.Trainer(sae, recipe["l1_weight"] / sae.d_in, recipe["auxk_weight"], **more)
+    trainer = training.Trainer(sae, recipe["l1_weight"] / sae.d_in, recipe["auxk_weight"], k_falls=steps // 10, **more)
     epoch = itertools.count(1)
     batches = itertools.chain.from_iterable(
         training.shuffled_batches(rows, index[training.epoch_order(len(index), recipe["seed"], e)], 512) for e in epoch

@@ -83,6 +83,20 @@ def test_gradients_equal_autograd(architecture, path, apply_b_dec, with_dead):
         assert (gradient - truth).norm() <= 1e-5 * truth.norm()
 
 
+@pytest.mark.parametrize("path", ["dense", "sparse", "autograd"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu"])
+def test_k_falls_to_its_value(architecture, path):
+    """Three times 5, less 2.5 a step, for four steps; of as many as that for each token nothing is left out here."""
+    sae = u.SAE(D_IN, D_SAE, architecture=architecture, k=K).requires_grad_(False)
+    sae.b_enc += 10  # everything is above zero
+    trainer = training.Trainer(sae, sparse_below=2.0 if path == "sparse" else 0.0, kernel=path != "autograd", k_falls=4)
+    counts = []
+    for _ in range(6):
+        trainer.step(unit_rows(), 0.0)
+        counts.append(trainer.read(reset=True)["l0"])
+    assert counts == ([D_SAE] * 6 if architecture == "relu" else [15, 12, 10, 8, 5, 5]) and sae.k == (0 if architecture == "relu" else K)
+
+
 def learnt(sae: u.SAE, trainer: training.Trainer, x: Tensor) -> dict[str, Tensor]:
     """The gradients of one step, W_enc's (d_in, d_sae)."""
     trainer.step(x, 1e-3)
@@ -411,7 +425,7 @@ def test_going_on_from_a_checkpoint_is_the_same_to_the_bit(architecture, tmp_pat
                 trainer.read()
 
     whole, stopped, resumed = (make_copy(sae) for _ in range(3))
-    settings = {"l1_coeff": L1, "auxk_weight": AUX, "dead_after": 3, "sparse_below": 0.12}
+    settings = {"l1_coeff": L1, "auxk_weight": AUX, "dead_after": 3, "sparse_below": 0.12, "k_falls": 30}
     one = training.Trainer(whole, **settings)
     train(whole, one, 0, 40)
     two = training.Trainer(stopped, **settings)
