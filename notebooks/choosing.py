@@ -328,7 +328,7 @@ def share_in_topic(sae: sae_utils.SAE, rows, index: Tensor, tokens: list[int], l
     return torch.where(fired >= 15, inside / total.clamp_min(1e-9), 0.0)
 
 
-def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 5) -> dict[int, str]:
+def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 4) -> dict[int, str]:
     """{latent: why} that may bring a topic of which `tokens` are the words, `most` of each kind: "text", the largest
     shares of their activation lie in text about it (`share_in_topic`, rows `index`); "words", they fire best on its words
     or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most in what the model
@@ -347,21 +347,38 @@ def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index
     return found
 
 
-def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, words: list[str], pairs_of, as_text, max_cost: float, at_once: int = 96) -> list[dict]:
-    """Latents of `pool` {latent: why} and what an edit of each, (patch, scope) `pairs_of([latent])`, makes the model
-    write after `prompts`, as many tokens as it has `written` by itself: {latents, why, said, of, count, cost}, the best first.
+def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, tokens: list[int], pairs_of) -> list[dict]:
+    """Latents of `pool` {latent: why} and what an edit of each, (patch, scope) `pairs_of([latent])`, does to a topic in
+    what the model has `written` after `prompts`, the best first: {latents, why, before, after}, the mean probability that
+    one of `tokens` comes next, without the edit and with it."""
+    texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
+    places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    said = lambda: torch.cat([row[:, tokens].double().exp().sum(1) for row in editing.logprobs_at(model, texts, places, prompts)]).mean().item()
+    before, found = said(), []
+    for latent, why in pool.items():
+        with editing.intervene(model, hook_name, sae, tokenizer, pairs_of([latent])):
+            found.append({"latents": [latent], "why": why, "before": before, "after": said()})
+    return sorted(found, key=lambda c: -c["after"])
+
+
+def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], arms: list[tuple], words: list[str], pairs_of, as_text, max_cost: float, at_once: int = 96) -> list[dict]:
+    """What edits make the model write after `prompts`, as many tokens as it has `written` by itself, the best first:
+    {latents, strength, said, of, count, cost} for each of `arms` (latents, strength), whose (patch, scope) pairs are
+    `pairs_of(latents, strength)`.
 
     said: continuations in which one of `words` stands; count: how many of them stand there in all; cost: nats per token
     by which the text surprises the unpatched model more than its own does. Those that cost more than `max_cost` come last.
     """
-    new, own, latents, found = max(map(len, written)), editing.surprise(model, prompts, written), list(pool), []
+    if not any(written):
+        raise UserError("the model writes nothing after the openings of this text: no topic can be brought into it.")
+    new, own, found = max(map(len, written)), editing.surprise(model, prompts, written), []
     size = max(1, at_once // len(prompts))
-    for group in (latents[i : i + size] for i in range(0, len(latents), size)):
-        with editing.intervene(model, hook_name, sae, tokenizer, editing.together([pairs_of([latent]) for latent in group])):
+    for group in (arms[i : i + size] for i in range(0, len(arms), size)):
+        with editing.intervene(model, hook_name, sae, tokenizer, editing.together([pairs_of(*arm) for arm in group])):
             texts = editing.generate(model, tokenizer, prompts * len(group), new)
-        for i, latent in enumerate(group):
+        for i, (latents, strength) in enumerate(group):
             arm = texts[i * len(prompts) : (i + 1) * len(prompts)]
             counts = [count_words(as_text(ids), words) for ids in arm]
             cost = editing.surprise(model, prompts, arm) - own
-            found.append({"latents": [latent], "why": pool[latent], "said": sum(n > 0 for n in counts), "of": len(prompts), "count": sum(counts), "cost": cost})
+            found.append({"latents": latents, "strength": strength, "said": sum(n > 0 for n in counts), "of": len(prompts), "count": sum(counts), "cost": cost})
     return sorted(found, key=lambda c: (c["cost"] > max_cost, -c["said"], -c["count"], c["cost"]))

@@ -326,22 +326,46 @@ def test_three_ways_to_a_topic(place):
     assert set(slope.topk(3).indices.tolist()) <= set(pool)
 
 
-def test_latents_for_a_topic_by_what_the_model_writes(place):
+def test_latents_for_a_topic_by_what_they_do(place):
     model, tokenizer, hook, sae = place
+    prompts, written = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], [torch.randint(4, 24, (n,)).tolist() for n in (3, 0, 5)]
+    tokens, pool = [9, 14], dict.fromkeys(torch.randperm(48)[:5].tolist(), "text")
+    pairs_of = lambda latents: [(editing.set_value(latents, 4.0, sae.max_act), "generated")]
+    found = choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, tokens, pairs_of)
+    assert {c["latents"][0] for c in found} == set(pool) and [c["after"] for c in found] == sorted((c["after"] for c in found), reverse=True)
+
+    def said(pairs):
+        values = []
+        with editing.intervene(model, hook, sae, tokenizer, pairs):
+            for prompt, more in zip(prompts, written, strict=True):
+                for i in range(len(more) + 1):
+                    with editing.stating(model, [prompt]):
+                        values.append(model(torch.tensor([prompt + more[:i]])).logits[0, -1].double().softmax(-1)[tokens].sum().item())
+        return sum(values) / len(values)
+
+    for c in found:
+        assert c["before"] == pytest.approx(said([]), rel=1e-3) and c["after"] == pytest.approx(said(pairs_of(c["latents"])), rel=1e-3) and c["why"] == "text"
+
+
+def test_edits_for_a_topic_by_what_the_model_writes(place):
+    model, tokenizer, hook, sae = place
+    model.generation_config.eos_token_id = tokenizer.eos_token = None  # texts of a known length
     prompts = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)]
     written = editing.generate(model, tokenizer, prompts, 6)
     as_text, words = u.TokenText(tokenizer), ["dog", "cat", "see", "big", "red"]
-    pairs_of = lambda latents: [(editing.set_value(latents, 40.0), "generated")]
-    pool = dict.fromkeys(torch.randperm(48)[:7].tolist(), "text")
-    find = lambda most: choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, words, pairs_of, as_text, most, at_once=9)
+    pairs_of = lambda latents, strength: [(editing.set_value(latents, strength), "generated")]
+    arms = [([int(i)], 40.0) for i in torch.randperm(48)[:5]] + [([3, 7], 20.0), ([3, 7], 10.0)]
+    find = lambda most: choosing.topic_trials(model, tokenizer, hook, sae, prompts, written, arms, words, pairs_of, as_text, most, at_once=9)
     found = find(99.0)
-    assert {c["latents"][0] for c in found} == set(pool) and [(-c["said"], -c["count"], c["cost"]) for c in found] == sorted((-c["said"], -c["count"], c["cost"]) for c in found)
+    assert sorted((c["latents"], c["strength"]) for c in found) == sorted(arms) and [(-c["said"], -c["count"], c["cost"]) for c in found] == sorted((-c["said"], -c["count"], c["cost"]) for c in found)
     for c in found:
-        with editing.intervene(model, hook, sae, tokenizer, pairs_of(c["latents"])):
+        with editing.intervene(model, hook, sae, tokenizer, pairs_of(c["latents"], c["strength"])):
             alone = [editing.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
         counts = [sum(word in words for word in as_text(ids).split()) for ids in alone]
-        assert c["said"] == sum(n > 0 for n in counts) and c["count"] == sum(counts) and c["of"] == 3 and c["why"] == "text"
-        assert c["cost"] == pytest.approx(editing.surprise(model, prompts, alone) - editing.surprise(model, prompts, written), abs=1e-4)
-    limit = sorted(c["cost"] for c in found)[3]
-    dear = [c["cost"] > limit + 1e-6 for c in find(limit + 1e-6)]
+        assert c["said"] == sum(n > 0 for n in counts) and c["count"] == sum(counts) and c["of"] == 3
+        assert c["cost"] == pytest.approx(editing.surprise(model, prompts, alone) - editing.surprise(model, prompts, written), abs=1e-3)
+    limit = sorted(c["cost"] for c in found)[3] + 1e-6
+    dear = [c["cost"] > limit for c in find(limit)]
     assert dear == sorted(dear) and sum(dear) <= 3  # those that cost too much come last
+    with pytest.raises(u.UserError, match="writes nothing"):
+        choosing.topic_trials(model, tokenizer, hook, sae, prompts, [[], [], []], arms, words, pairs_of, as_text, 1.0)
