@@ -57,11 +57,13 @@ def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, *
     return sae
 
 
+FALLING = {"warmup_steps": 50, "lr_min_ratio": 0.0, "lr_decay_fraction": 1.0, "dead_after": 20_000}  # as in params/
+
 RECIPES = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.06, 0.147, 0.35)}
 RECIPES |= {f"{name}, unit": recipe | {"normalize": "unit"} for name, recipe in RECIPES.items()}
 for architecture in ("topk", "batchtopk", "matryoshka"):
     for k in (8, 16, 24):
-        RECIPES[f"{architecture} k {k}"] = {"architecture": architecture, "k": k, "auxk_weight": 1 / 32, "lr": 1.2e-2}
+        RECIPES[f"{architecture} k {k}"] = FALLING | {"architecture": architecture, "k": k, "auxk_weight": 0.03, "lr": 6e-3}
     RECIPES[f"{architecture} k 16, unit"] = RECIPES[f"{architecture} k 16"] | {"normalize": "unit"}
 RECIPES |= {f"jumprelu, target {k}": {"architecture": "jumprelu", "k": k, "l0_weight": 0.03, "lr": 1.2e-2} for k in (8, 16, 24)}
 RECIPES |= {f"gated, L1 weight {w}": {"architecture": "gated", "l1_weight": w} for w in (0.147, 0.3, 0.6)}
@@ -71,14 +73,12 @@ GRID = {
     for n in (100_000, 200_000, 400_000, 700_000)
 }
 
-
-FALLING = {"warmup_steps": 50, "lr_min_ratio": 0.0, "lr_decay_fraction": 1.0, "dead_after": 20_000}  # as in params/
 ON_ROWS = {f"relu, L1 weight {w}": FALLING | {"l1_weight": w} for w in (0.06, 0.147, 0.35)}
 for architecture in ("batchtopk", "topk", "matryoshka"):
     for k in (16, 32, 64):
         ON_ROWS[f"{architecture} k {k}"] = FALLING | {"architecture": architecture, "k": k, "auxk_weight": 0.03, "lr": 2e-3}
 ON_ROWS |= {f"jumprelu, target {k}": FALLING | {"architecture": "jumprelu", "k": k, "l0_weight": 0.03} for k in (16, 32, 64)}
-# The reference's own settings, and other weights with these: `unit`, where an L1 weight means the most.
+# The reference as it stands (3e-4 * 640), and weaker penalties.
 ON_ROWS |= {f"reference, L1 weight {w}": {"normalize": "unit", "l1_weight": w} for w in (0.192, 0.1, 0.05)}
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from quality import known_directions, recovery, train
+import yaml
+from quality import ON_ROWS, known_directions, recovery, train
 from torch import Tensor
 
 import sae_utils as u
@@ -493,6 +494,12 @@ def test_the_doctor_reads_the_curve():
     (line,) = training.doctor(HEALTHY, flat, "relu")
     assert "has not improved since epoch 3 of 20: lower epochs" in line
     assert training.doctor(HEALTHY, SETTLING[:3], "relu") == []  # too short to tell
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "smollm2-135m-instruct"])
+def test_the_recipes_of_params_are_those_that_were_measured(name):
+    given, measured = yaml.safe_load((u.ROOT / "params" / f"{name}.yaml").read_text()), ON_ROWS["batchtopk k 32"]
+    assert {setting: given[setting] for setting in measured} == measured and given["normalize"] == "scale"
 
 
 @pytest.mark.repeats
