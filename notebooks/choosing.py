@@ -1,5 +1,5 @@
-"""What an experiment with edits is about: which word or topic, which latents, which places. Everything here looks at
-one half of the held-out text, so that the other half can try what was chosen."""
+"""What an experiment with edits is about: which word or topic, which latents, which places. What is chosen is chosen
+without the half of the held-out text that tries it."""
 
 import math
 import re
@@ -16,6 +16,7 @@ from sae_utils import UserError
 UNSPACED = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LONGEST = 64  # tokens of a place's text: what is measured there is paid for by the token
 LEAST_CERTAIN = 0.1  # the probability of the model's first choice at a place where an edit is tried
+ENOUGH = 4  # places on which a candidate is tried; those tried on fewer come last
 LEAST_F1 = 0.2  # below which a latent does not announce its word
 
 
@@ -249,7 +250,7 @@ def tried(model, tokenizer, hook_name: str, sae: sae_utils.SAE, pairs: list[tupl
 def candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, seen: dict, f1: Tensor, pairs_of, scope, *, target=None, sources=(), latents=(), lowers=False, most: int = 10) -> list[dict]:
     """Words with latents and what an edit of these does at places of `seen` (`survey`), the best first: {word, sources,
     own, latents, f1, change, beyond, first, of}; the best are those that bring their word most often, then those that move
-    it farthest beyond others (down, with `lowers`).
+    it farthest beyond others (down, with `lowers`); those tried on fewer than ENOUGH places come last.
 
     Words are `target` alone, or the `most` that a latent announces best of those that the model says itself. `f1`
     (len(seen["words"]), d_sae) is of all the words in `seen`; `pairs_of(latents)` gives the edit's (patch, scope)
@@ -279,7 +280,7 @@ def candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, seen: dict,
             facts = {"word": word, "sources": between, "own": {s: i for s, i in own.items() if i not in group}, "latents": group, "f1": scores[group].max().item()}
             found.append(facts | tried(model, tokenizer, hook_name, sae, pairs_of(group), seen, places, word))
     sign = -1 if lowers else 1
-    return sorted(found, key=lambda c: (-sign * c["first"] / c["of"], -sign * c["beyond"]))
+    return sorted(found, key=lambda c: (c["of"] < ENOUGH, -sign * c["first"] / c["of"], -sign * c["beyond"]))
 
 
 # ---------------------------------------------------------------------------------------------

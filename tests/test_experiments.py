@@ -2,7 +2,6 @@
 and what is said of them against values worked out by hand."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch

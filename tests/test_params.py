@@ -28,7 +28,7 @@ PARAMS = sorted((ROOT / "params").glob("*.yaml"))
 
 
 def notebook_of(path):
-    return "patch_neurons" if path.stem.startswith("patch-") else "sae_training"
+    return "patch_neurons" if path.stem.startswith(("patch-", "topic-")) else "sae_training"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -42,7 +42,7 @@ def test_papermill_and_we_read_the_same_parameters(name):
     assert experiment.check_params(name, {}) == {n: p.default for n, p in ours.items()}  # the defaults are legal
 
 
-@pytest.mark.parametrize("path", PARAMS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", PARAMS + sorted((ROOT / "params" / "patches").glob("topic-*.yaml")), ids=lambda p: p.stem)
 def test_params_files_fit_the_notebook(path):
     given, declared = yaml.safe_load(path.read_text()), experiment.declared_params(notebook_of(path))
     assert path.read_text().startswith("#"), "the first line says why the file exists"
@@ -51,7 +51,10 @@ def test_params_files_fit_the_notebook(path):
     experiment.check_params(notebook_of(path), given)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "params" / "patches").glob("*.yaml")), ids=lambda p: p.stem)
+PATCHES = sorted((ROOT / "params" / "patches").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [path for path in PATCHES if not path.stem.startswith("topic-")], ids=lambda p: p.stem)
 def test_files_of_edits_can_be_read(path):
     assert path.read_text().startswith("#") and all(edit["operation"] in patching.OPERATIONS for edit in patching.read_edits(path))
 
