@@ -131,7 +131,7 @@ class Trainer:
     def step(self, x: Tensor, lr: float) -> None:
         k, self.sae.k = self.sae.k, self.k_now()
         try:
-            if self.graphs:
+            if self.graphs and self.steps >= self.k_falls:  # a recorded step has one k
                 self.replay(x, lr)
             else:
                 self.work(x, lr)
@@ -142,8 +142,8 @@ class Trainer:
             self.active_share = self.fired.sum().item() / (len(x) * self.sae.d_sae)
 
     def replay(self, x: Tensor, lr: float) -> None:
-        """The step as a CUDA graph, one for each shape of batch and each k, recorded after it was run three times."""
-        kind = (x.shape, self.any_dead, self.sae.k)
+        """The step as a CUDA graph, one for each shape of batch, recorded after it was run three times."""
+        kind = (x.shape, self.any_dead)
         self.lr.fill_(lr)
         self.seen[kind] = self.seen.get(kind, 0) + 1
         if self.seen[kind] <= 3:
