@@ -57,7 +57,7 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     assert experiment.main(["sae_training", *flags.split(), "-p", "n_activations", "1000000", "-p", "seq_len", "16"]) == 0
     run = folder / "runs" / "small"
     metrics = read(run / "metrics.json")
-    fewer, few_held_out, weight, warm_up, stopped, dense, few_documents = metrics["notices"]
+    fewer, few_held_out, weight, warm_up, stopped, dense, wide, few_documents = metrics["notices"]
     assert re.fullmatch(r"the text measured is 1\d documents: .*", few_documents)
     assert "is not less than the 16 dimensions" in dense and metrics["l0"] >= 16
     assert re.fullmatch(r"stopped after epoch (\d+) of 30: .* for 2 epochs.", stopped) and metrics["epochs"] < 30
@@ -66,9 +66,11 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     for row in csv.DictReader((run / "history.csv").open()):
         assert float(row["loss"]) == pytest.approx(float(row["mse"]) + 3e-4 * float(row["l1"]), rel=1e-4)
     assert "far weaker than the reference's 0.35 (l1_coeff 0.022)" in weight and metrics["l1_weight"] == pytest.approx(3e-4 * 16)
-    assert f"no room for the cosine in a run of {metrics['steps'] // metrics['epochs'] * 30} steps" in warm_up
+    planned = metrics["steps"] // metrics["epochs"] * 30
+    assert warm_up == f"the warm-up takes {planned // 20} of {planned} steps, a twentieth, in place of warmup_steps 500."
+    assert re.fullmatch(rf"increase of CE .*: {metrics['ce_windows']} windows do not tell it well; .*", wide)
     outputs = [out for cell in nbformat.read(run / "sae_training.ipynb", 4).cells for out in cell.get("outputs", [])]
-    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 7
+    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 8
     leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not leaks
 
