@@ -428,7 +428,7 @@ class ReLU:
 class TopK(ReLU):
     """The k largest of each token (Gao et al. 2024).
 
-    Adam's settings are those that did best of some 25 tried on one layer of a real model (README, "Recipes"): a decoder four
+    Adam's settings are those that did best of some 30 tried on one layer of a real model (README, "Recipes"): a decoder four
     times as fast as the encoder, slow biases. A latent that fires a few times a batch has gradients of about the usual eps.
     """
 
