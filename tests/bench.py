@@ -506,7 +506,7 @@ def bench_run(model: str, text: str, layer: int, more: list[str]) -> list[dict]:
     folder = ROOT / "runs" / "bench-run"
     shutil.rmtree(folder, ignore_errors=True)
     begin = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "notebooks" / "experiment.py"), "sae_training", *flags, *more, "-p", "run_dir", "runs/bench-run"], check=True)
+    subprocess.run([sys.executable, str(ROOT / "notebooks" / "experiment.py"), "sae_training", *more, *flags, "-p", "run_dir", "runs/bench-run"], check=True)
     whole = time.perf_counter() - begin
     notebook = json.loads((folder / "sae_training.ipynb").read_text())
     said = {}
