@@ -11,7 +11,8 @@ import sae_utils
 import training
 
 PLACES = 20 * 17  # shown of each latent, and the tokens around each, whose activations are worked out one by one
-FIGURES = 150  # as many small figures are drawn in the time that pages, report, TensorBoard and start take, as measured
+WINDOWS = 40  # after which the cross-entropies of a middling layer are known well enough, as measured
+FIGURES = 320  # as many small figures are drawn in the time that pages, report, TensorBoard and start take, as measured
 
 
 def seconds(work) -> float:
@@ -61,7 +62,7 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
     steps = params["epochs"] * -(-int(n - held_out) // params["batch_size"])
     after = max(whole - to_hook, 0.0)  # of a token: the layers above the hook, and the head
     arms = 2 + 6 / 4  # untouched and the SAE; the six others on a quarter of the windows
-    window = length * (to_hook + arms * 1.3 * after)  # beside the pass, the sums over the vocabulary
+    window = length * (to_hook + arms * 0.85 * after)  # several windows at a time are a little quicker than the one of the trial
     lloyd = min(n - held_out, 200_000)
     rows_bytes = 2 if params["activation_dtype"] != "float32" else 4
     logits = 4 * vocab * length
@@ -69,9 +70,9 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
         {"stage": "activations", "seconds": 0.0 if stored else n * to_hook * length / (length - 1), "bytes": n * d_in * rows_bytes},
         {"stage": "training", "seconds": steps * step + min(steps, 200) * (first_step - step), "bytes": training.step_bytes(sae, params["batch_size"], params["auxk_weight"])},
         {"stage": "scores and baselines", "seconds": 6 * held_out * 2 * encode + 10 * lloyd * near, "bytes": 4 * lloyd * d_in},
-        {"stage": "cross-entropies", "seconds": min(64, params["eval_windows"]) * window, "at_most": params["eval_windows"] * window, "bytes": 4 * min(4, 2**27 // (logits // 4) + 1) * logits},
-        {"stage": "contexts", "seconds": n * 2 * encode + d_sae * PLACES * few, "bytes": d_sae * 320 * 16 + 160_000_000},
-        {"stage": "effects", "seconds": d_sae * head + 20 * 2 * 16 * length / 2 * to_hook * 2, "bytes": 4 * vocab * (d_in + 256)},
+        {"stage": "cross-entropies", "seconds": min(WINDOWS, params["eval_windows"]) * window, "at_most": params["eval_windows"] * window, "bytes": 4 * min(4, 2**27 // (logits // 4) + 1) * logits},
+        {"stage": "contexts", "seconds": n * encode + 0.5 * d_sae * PLACES * few, "bytes": d_sae * 320 * 16 + 160_000_000},
+        {"stage": "effects", "seconds": d_sae * head + 20 * 2 * 16 * 0.8 * length * 2 * to_hook, "bytes": 4 * vocab * (d_in + 256)},
         {"stage": "pages, start and rest", "seconds": FIGURES * figure + d_sae * 5e4 * figure / 1e6, "bytes": d_sae * 4000},
     ]  # fmt: skip
 
