@@ -304,16 +304,20 @@ def curves_figure(fig, history: list[dict], architecture: str) -> None:
 
 
 def cross_entropies_figure(fig, figures: dict[str, dict]) -> None:
-    """Cross-entropy (nats) of every arm of `fidelity.table`."""
+    """By how much (nats) every arm of `fidelity.table` raises the cross-entropy, with its interval: on a large model all
+    of them are small beside the cross-entropy itself."""
     ax = fig.add_subplot()
-    names = [name for name in fidelity.ARMS if name in figures]
-    values = [figures[name]["ce"][0] for name in names]
-    colours = ["tab:green", "tab:blue"] + ["tab:gray"] * (len(names) - 2)
-    bars = ax.barh([fidelity.ARMS[name].replace("\n", " ") for name in names], values, color=colours)
-    ax.bar_label(bars, fmt="%.3f", padding=3)
+    names = [name for name in fidelity.ARMS if name in figures and name != "clean"]
+    value, low, high = zip(*(figures[name]["ce_increase"] for name in names), strict=True)
+    reach = [[max(0.0, v - l) for v, l in zip(value, low, strict=True)], [max(0.0, h - v) for v, h in zip(value, high, strict=True)]]
+    colours = ["tab:blue" if name == "sae" else "tab:gray" for name in names]
+    ax.barh([fidelity.ARMS[name].replace("\n", " ") for name in names], value, color=colours, xerr=reach, ecolor="black", capsize=3)
+    for place, (v, h) in enumerate(zip(value, high, strict=True)):
+        ax.annotate(f"{v:+.3f}", (max(v, h), place), (5, 0), textcoords="offset points", va="center")
     ax.invert_yaxis()
     ax.margins(x=0.15)
-    ax.set(xlabel="next-token cross-entropy (nats), held-out text", title="What the model loses with each in place of the activation")
+    clean = figures["clean"]["ce"][0]
+    ax.set(xlabel=f"rise of cross-entropy over the untouched model's {clean:.3f} nats", title="What the model loses with each in place of the activation")
 
 
 def density_figure(fig, density: Tensor) -> None:

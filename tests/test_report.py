@@ -137,8 +137,14 @@ def test_figures_count_what_they_show(metrics):
     assert fig.axes[0].get_title() == "3 live latents, 2 dead" and fig.axes[0].get_legend_handles_labels()[1] == ["ultra-dense: 2"]
     fig.clear()
     report.cross_entropies_figure(fig, metrics["fidelity"])
-    assert [bar.get_width() for bar in fig.axes[0].patches] == [2.0, 2.5, 2.75, 3.0, 3.25, 6.0]
-    assert [label.get_text() for label in fig.axes[0].get_yticklabels()][:4] == ["untouched", "this SAE", "k-means, one active", "PCA, same L0"]
+    assert [bar.get_width() for bar in fig.axes[0].patches] == [0.5, 0.75, 1.0, 1.25, 4.0]
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()][:3] == ["this SAE", "k-means, one active", "PCA, same L0"]
+    (reach,) = (c for c in fig.axes[0].collections)  # from low to high of each
+    assert [[x for x, _ in segment] for segment in reach.get_segments()][0] == pytest.approx([0.4321, 0.5678])
+    assert "2.000 nats" in fig.axes[0].get_xlabel() and [text.get_text() for text in fig.axes[0].texts][0] == "+0.500"
+    metrics["fidelity"]["sae"]["ce_increase"] = (-0.1, -0.05, 0.2)  # a draw of documents need not hold the value itself
+    fig.clear()
+    report.cross_entropies_figure(fig, metrics["fidelity"])
     plt.close(fig)
 
 
