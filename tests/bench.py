@@ -522,7 +522,7 @@ def bench_run(model: str, text: str, layer: int, more: list[str]) -> list[dict]:
     return rows
 
 
-def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int = 32) -> list[dict]:
+def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int = 16) -> list[dict]:
     """Harvest and cross-entropies beside SAELens's, on the same text with documents kept apart and the same windows:
     its ActivationsStore and `get_recons_loss`, the model being what its `load_model` makes of any transformers model."""
     import datasets
@@ -539,7 +539,7 @@ def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int
     hook, (lm, tokenizer) = sae_utils.find_hook(model, layer), sae_utils.load_model(model)
     documents = list(harvest.open_text(params))
     cut, _ = harvest.cut_windows(tokenizer, documents, 128, 10**9)
-    full = [window for window in harvest.Windows(cut["flat"], cut["starts"]) if len(window) == 128][:windows]  # theirs knows no shorter ones
+    full = [window for window in harvest.Windows(cut["flat"], cut["starts"]) if len(window) == 128][: 8 * windows]  # theirs knows no shorter ones
     d_in = sae_utils.run_to_hook(lm, hook, torch.tensor(full[:1]), None).shape[2]
     x = sae_utils.run_to_hook(lm, hook, torch.tensor(full[:4]), None)[:, 1:].flatten(0, 1)
     sae = sae_with_l0(d_in, 8 * d_in, 32, torch.nn.functional.normalize(x - x.mean(0), dim=1))
@@ -553,19 +553,22 @@ def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int
     )  # fmt: skip
     arms = {name: arm for name, arm in fidelity.arms(hook, x.mean(0), sae=lambda x: fidelity.through_sae(sae, x)).items() if name != "mean"}
 
+    some = full[:windows]
+
     def recons():
-        for start in range(0, len(full), 4):
-            get_recons_loss(theirs, proxy, ActivationScaler(), torch.tensor(full[start : start + 4]), True, True, hook_name=hook)
+        for start in range(0, len(some), 4):
+            get_recons_loss(theirs, proxy, ActivationScaler(), torch.tensor(some[start : start + 4]), True, True, hook_name=hook)
 
     ways = {
         "harvest": {"ours": lambda: timed_harvest(lm, [hook], full, "float32"), "SAELens": lambda: [store.get_activations(store.get_batch_tokens(16)) for _ in range(len(full) // 16)]},
-        "cross-entropies (clean, SAE, zero)": {"ours": lambda: fidelity.text_sums(lm, tokenizer, arms, full), "SAELens": recons},
+        "cross-entropies (clean, SAE, zero)": {"ours": lambda: fidelity.text_sums(lm, tokenizer, arms, some), "SAELens": recons},
     }  # fmt: skip
     rows = []
     for case, two in ways.items():
-        seconds = interleaved(two, rounds)
-        rows.append({"part": "peers-run", "case": f"{Path(model).name}, layer {layer}: {case}", "ours": len(full) * 128 / seconds["ours"], "other": len(full) * 128 / seconds["SAELens"], "ratio": seconds["SAELens"] / seconds["ours"], "machine": machine()})
-    table("tokens per second (other: SAELens)", rows)
+        seconds, tokens = interleaved(two, rounds), 128 * len(full if case == "harvest" else some)
+        row = {"part": "peers-run", "case": f"{Path(model).name}, layer {layer}: {case}", "ours": tokens / seconds["ours"], "other": tokens / seconds["SAELens"]}
+        rows.append(row | {"ratio": seconds["SAELens"] / seconds["ours"], "machine": machine()})
+        table("tokens per second (other: SAELens)", rows[-1:])
     return rows
 
 
