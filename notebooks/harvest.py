@@ -733,17 +733,17 @@ def harvest(
     hooks = [store.hook for store in stores]
     batches = batches_by_length(lengths, *shards[0], batch_tokens)
     probe = batches[len(batches) // 2]
-    forward(probe[:1], hooks)  # the first pass of a process is slow
-    begin = time.perf_counter()
-    widths = [x.shape[1] for x in forward(probe, hooks)]
-    rate = sum(lengths[w] for w in probe) / (time.perf_counter() - begin)
+    widths = [x.shape[1] for x in forward(probe[:1], hooks)]  # the first pass of a process is slow
     done = [sum(shard["rows"] for shard in store.manifest.get("shards", [])) for store in stores]
     size = sum((counts["rows"] - n) * width * store.storage.itemsize for n, width, store in zip(done, widths, stores, strict=True))
     free = shutil.disk_usage(stores[0].folder.parent).free
     share = 1 - min(done) / counts["rows"]
-    plan = counts | {"hooks": hooks, "done_rows": min(done), "tokens_per_second": rate, "seconds": share * counts["tokens"] / rate}
     if announce:
-        announce(plan | {"bytes": size, "free_bytes": free})
+        begin = time.perf_counter()
+        forward(probe, hooks)
+        rate = sum(lengths[w] for w in probe) / (time.perf_counter() - begin)
+        plan = {"hooks": hooks, "done_rows": min(done), "tokens_per_second": rate, "seconds": share * counts["tokens"] / rate}
+        announce(counts | plan | {"bytes": size, "free_bytes": free})
     if size > free:
         raise UserError(f"the activations need {in_bytes(size)} in {show_path(stores[0].folder.parent)}, where {in_bytes(free)} are free: lower n_activations, or make room.")
 
