@@ -127,7 +127,7 @@ def test_edits_are_read_in_order(tmp_path, sae, tokenizer):
 
 def test_controls_are_live_alike_and_none_twice(sae, fresh_seed):
     sae.density = torch.rand(48)
-    sae.density[:10] = 0
+    sae.density[:10], sae.density[[20, 30]] = 0, torch.tensor([0.3, 0.5])  # of which there are others alike, whatever is drawn
     edited = [20, 30]
     found = patching.matched(sae, edited, [25], 12, fresh_seed)
     assert len(found) == 12 and len({str(control) for control in found}) == 12
