@@ -203,28 +203,16 @@ def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[lis
     """(d_sae,): to first order, the mean change over all `places` of `texts` (as for `editing.logprobs_at`) of the
     log-odds that one of the tokens `target` comes next, where a latent is raised by its largest activation at the
     positions in `scope`."""
-    caught = {}
-
-    def hook(module, args, output):
-        x = sae_utils.first_output(output).detach().requires_grad_()
-        caught["x"] = x
-        x = x.clone()  # some models go on in place (Falcon)
-        return (x, *output[1:]) if isinstance(output, tuple) else x
-
     ids, mask = sae_utils.pad(texts, device=model.device)
     tracker, most = editing.TokenTracker(tokenizer), max(map(len, places))
     with editing.stating(model, prompts):
         tracker(model, (), {"input_ids": ids, "attention_mask": mask})
     index = torch.tensor([[*place, *[0] * (most - len(place))] for place in places], device=ids.device)
     there = torch.tensor([[True] * len(place) + [False] * (most - len(place)) for place in places], device=ids.device)
-    handle = model.get_submodule(hook_name).register_forward_hook(hook)
-    try:
-        with torch.enable_grad():
-            logits = editing.logits_at(model, ids, mask, index)
-            odds = log_odds(logits[there].float().log_softmax(-1), target).mean()
-            (gradient,) = torch.autograd.grad(odds, caught["x"])
-    finally:
-        handle.remove()
+    with editing.to_differentiate(model, hook_name) as caught:
+        logits = editing.logits_at(model, ids, mask, index)
+        odds = log_odds(logits[there].float().log_softmax(-1), target).mean()
+        (gradient,) = torch.autograd.grad(odds, caught["x"])
     with torch.no_grad():
         _, norm = sae.normalise(caught["x"].detach())
         pushed = torch.where(tracker.where(scope)[:, :, None], (gradient.float() * norm).reshape(*ids.shape, -1), 0.0).sum((0, 1))

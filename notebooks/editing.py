@@ -560,6 +560,25 @@ def batches(windows: list[list[int]], model, most: int = 32, formed: int = 0):
         yield windows[start : start + size]
 
 
+@contextmanager
+def to_differentiate(model, module_name: str):
+    """While the context lasts gradients are on, and a module's output is where they end: yields {"x": that output},
+    filled by a pass, for torch.autograd.grad."""
+    caught = {}
+
+    def hook(module, args, output):
+        caught["x"] = x = first_output(output).detach().requires_grad_()
+        x = x.clone()  # some models go on in place (Falcon)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handle = model.get_submodule(module_name).register_forward_hook(hook)
+    try:
+        with torch.enable_grad():
+            yield caught
+    finally:
+        handle.remove()
+
+
 def logits_at(model, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
     """Logits (batch, n, d_vocab) at `places` (batch, n) of each row, or (1, n, d_vocab) where `places` (batch, seq),
     boolean, is true. The head sees these alone: with a vocabulary of 262,144 tokens it costs more than all layers."""

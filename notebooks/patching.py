@@ -312,22 +312,10 @@ def gradient_effects(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
     """(d_sae,) `ablation_effects` of every latent to first order, by one backward pass: the sum over text
     tokens of -acts * norm * (gradient of the log-probability with respect to the activation) @ W_dec row
     (attribution patching: Nanda 2023, Syed et al. 2023)."""
-    caught = {}
-
-    def hook(module, args, output):
-        x = sae_utils.first_output(output).detach().requires_grad_()
-        caught["x"] = x
-        x = x.clone()  # some models go on in place (Falcon)
-        return (x, *output[1:]) if isinstance(output, tuple) else x
-
-    handle = model.get_submodule(hook_name).register_forward_hook(hook)
-    try:
-        with torch.enable_grad():
-            ids, mask = sae_utils.pad([prompt], device=model.device)
-            logits = editing.logits_at(model, ids, mask, torch.full_like(ids[:, :1], len(prompt) - 1))[0, 0]
-            (gradient,) = torch.autograd.grad(logits.float().log_softmax(-1)[token], caught["x"])
-    finally:
-        handle.remove()
+    with editing.to_differentiate(model, hook_name) as caught:
+        ids, mask = sae_utils.pad([prompt], device=model.device)
+        logits = editing.logits_at(model, ids, mask, torch.full_like(ids[:, :1], len(prompt) - 1))[0, 0]
+        (gradient,) = torch.autograd.grad(logits.float().log_softmax(-1)[token], caught["x"])
     with torch.no_grad():
         x = caught["x"].detach().reshape(len(prompt), -1)
         acts, (_, norm) = sae.encode(x), sae.normalise(x)
