@@ -146,7 +146,7 @@ smoke: $(READY) ## only the notebooks, on a smaller world, in two minutes
 
 .PHONY: test-real
 test-real: $(READY) ## what matters on a real model, in some minutes: MODEL=path LAYER=n [DATASET=]
-	$(if $(and $(MODEL),$(LAYER)),,$(error say which: make test-real MODEL=path LAYER=n))HF_HUB_OFFLINE=1 MODEL='$(abspath $(MODEL))' LAYER='$(LAYER)' DATASET='$(DATASET)' $(PY) -m pytest -q tests/real.py
+	$(if $(and $(MODEL),$(LAYER)),,$(error say which: make test-real MODEL=path LAYER=n))HF_HUB_OFFLINE=1 MODEL='$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL))' LAYER='$(LAYER)' DATASET='$(DATASET)' $(PY) -m pytest -q tests/real.py
 
 PART ?=
 .PHONY: bench bench-peers
