@@ -276,6 +276,15 @@ def candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, seen: dict,
 # ---------------------------------------------------------------------------------------------
 
 
+def check_topic(words: list, target_word: str) -> None:
+    """UserError where the words of a topic are not words, or a single word is asked for as well."""
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise UserError(f"topic_words: a word is a text, not {word!r} (in YAML, quotes make one of a number).")
+    if words and target_word:
+        raise UserError("topic_words and target_word are two experiments: name one of them.")
+
+
 def topic_tokens(tokenizer, words: list[str]) -> list[int]:
     """The tokens that are one of the words, with a space in front or without, capitalised or not. UserError where no
     word is a single token."""

@@ -369,3 +369,11 @@ def test_edits_for_a_topic_by_what_the_model_writes(place):
     assert dear == sorted(dear) and sum(dear) <= 3  # those that cost too much come last
     with pytest.raises(u.UserError, match="writes nothing"):
         choosing.topic_trials(model, tokenizer, hook, sae, prompts, [[], [], []], arms, words, pairs_of, as_text, 1.0)
+
+
+@pytest.mark.parametrize(("words", "target", "message"), [([3], "", "not 3"), ([" "], "", "not ' '"), (["war"], "red", "two experiments")])
+def test_a_topic_that_is_none(words, target, message):
+    with pytest.raises(u.UserError, match=message):
+        choosing.check_topic(words, target)
+    choosing.check_topic(["war"], "")
+    choosing.check_topic([], "red")
