@@ -215,7 +215,7 @@ def test_the_patch_does_something_a_person_can_see(patch):
             assert [p["text"] for p in row["patched"][:first]] == [p["text"] for p in row["original"][:first]] and row["patched"][first]["text"] != row["original"][first]["text"]
         assert row["original"][0]["kl"] > max(piece["kl"] for piece in row["original"][1:])  # the edit was of one place
     ablated = sum(result["ablation_log_odds_change"]) / len(result["ablation_log_odds_change"])
-    assert ablated < -0.5 and sum(c <= ablated for c in result["ablation_controls"]) <= 2
+    assert ablated < -0.5 and ablated < min(result["ablation_controls"])
     page = (patch / "patching.html").read_text()
     assert result["finding"].split(":")[0] in page and "http" not in page and (patch / ".done").exists()
 
