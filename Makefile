@@ -160,7 +160,7 @@ test-interop: tiny-model ## files of sae-lens, dictionary-learning and eai-spars
 	.venv-interop/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens dictionary-learning eai-sparsify pytest
 	.venv-interop/bin/pip install --quiet --no-deps sae-dashboard
 	.venv-interop/bin/pip uninstall --quiet --yes torchvision
-	RUN='$(or $(RUN),interop)' .venv-interop/bin/python -m pytest -q -s tests/interop.py
+	RUN='$(or $(RUN),interop)' .venv-interop/bin/python -m pytest -q tests/interop.py
 
 PART ?=
 .PHONY: bench bench-peers

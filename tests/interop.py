@@ -11,7 +11,6 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import numpy as np
 import pytest
 import sae_lens
 import sparsify
@@ -46,12 +45,26 @@ def shuffled(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+LINES = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request):
+    """What was found, printed at the end."""
+    yield
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", *LINES, sep="\n")
+
+
 def compare(what: str, ours: tuple, theirs: tuple, lengths=1.0, gate=1e-5) -> None:
-    """Prints the largest differences of (acts, x_hat), in units of 1 or of the value where that is larger; fails above `gate`."""
-    far = [((a.double() - b.double()).abs() / (1 + b.double().abs())).max().item() for a, b in zip(ours, (theirs[0] * lengths, theirs[1]), strict=True)]
-    active = (theirs[0] != 0).sum(-1).double().mean().item()
-    print(f"\n{what:<58} encode {far[0]:.1e}  decode {far[1]:.1e}  (L0 {active:.1f})", end="")
-    assert 0 < active < theirs[0].shape[-1] and max(far) < gate
+    """The largest differences of (acts, x_hat), in units of 1 or of the value where that is larger; fails above `gate`. Rows in
+    which a latent fires in one only, being within rounding of its threshold, are counted: one in a hundred at most."""
+    acts = theirs[0] * lengths
+    flips = ((ours[0] > 0) != (acts > 0)).any(1)
+    far = [((a.double() - b.double()).abs() / (1 + b.double().abs()))[~flips].max().item() for a, b in zip(ours, (acts, theirs[1]), strict=True)]
+    active = (acts > 0).sum(-1).double().mean().item()
+    LINES.append(f"{what:<72} encode {far[0]:.1e}  decode {far[1]:.1e}  (L0 {active:.1f}{f', {int(flips.sum())} rows at a threshold' if flips.any() else ''})")
+    assert 0 < active < acts.shape[-1] and max(far) < gate and flips.double().mean() < 0.01
 
 
 @torch.no_grad()
@@ -83,7 +96,7 @@ def test_saved_by_saelens(tmp_path, name, less_b_dec):
     sae = formats.load(str(tmp_path), hook="" if about else HOOK)
     same = sae.architecture == "topk" and "notice" in sae.config or getattr(theirs.cfg, "rescale_acts_by_decoder_norm", False)
     lengths = 1.0 if same else theirs.W_dec.detach().norm(dim=1)
-    compare(f"SAELens {name}, less b_dec {less_b_dec}, read by us", *both(sae, theirs, torch.randn(N, D)), lengths=lengths)
+    compare(f"SAELens {name}{', less b_dec' if less_b_dec else ''}, read here", *both(sae, theirs, torch.randn(N, D)), lengths=lengths)
     assert not about or sae.config["hook_name"] == "transformer.h.3.mlp"
 
 
@@ -112,7 +125,7 @@ def test_saved_by_dictionary_learning(tmp_path, name):
     saved = state["W_dec"] if "W_dec" in state else state["decoder.weight"].T
     folded_by_them = name == "StandardTrainer"  # from_pretrained normalises its decoder
     lengths = 1.0 if sae.architecture == "topk" or folded_by_them else saved.norm(dim=1)
-    compare(f"dictionary_learning {config['trainer']['dict_class']}, read by us", *both(sae, theirs, torch.randn(N, D)), lengths=lengths)
+    compare(f"dictionary_learning {config['trainer']['dict_class']}, read here", *both(sae, theirs, torch.randn(N, D)), lengths=lengths)
     assert sae.config["hook_name"] == "gpt_neox.layers.3"
 
 
@@ -127,7 +140,7 @@ def test_saved_by_sparsify(tmp_path, d_sae):
     with torch.no_grad():
         found = theirs.encode(x)
         acts = torch.zeros(N, d_sae).scatter(1, found.top_indices, found.top_acts)
-        compare(f"sparsify topk, {d_sae} latents, read by us", (sae.encode(x), sae(x)), (acts, theirs.decode(found.top_acts, found.top_indices)))
+        compare(f"sparsify topk, {d_sae} latents, read here", (sae.encode(x), sae(x)), (acts, theirs.decode(found.top_acts, found.top_indices)))
     assert sae.config["hook_name"] == HOOK
 
 
@@ -153,7 +166,7 @@ def test_read_by_saelens(tmp_path, architecture, less_b_dec):
     sae = ours(architecture, less_b_dec)
     theirs = sae_lens.SAE.load_from_disk(formats.export(sae, tmp_path / "out", "saelens", {"run": "one", "metrics": {"l0": 5.0}}))
     x = sae.mean + 2.3 * torch.randn(N, D)
-    compare(f"our {architecture}, less b_dec {less_b_dec}, read by SAELens as {theirs.cfg.architecture()}", *both(sae, theirs, x))
+    compare(f"our {architecture}{', less b_dec' if less_b_dec else ''}, read by SAELens as {theirs.cfg.architecture()}", *both(sae, theirs, x))
     assert theirs.cfg.metadata.hook_name == HOOK and theirs.cfg.metadata.l0 == 5.0 and theirs.cfg.metadata.context_size == 32
 
 
@@ -163,13 +176,7 @@ def test_the_run_read_by_saelens():
     found = fetched_rows(sae)
     if found is None:
         pytest.skip("no stored activations of this run")
-    (acts, x_hat), (their_acts, their_x_hat) = both(sae, theirs, found)
-    flips = ((acts > 0) != (their_acts > 0)).any(1)  # a latent within rounding of its threshold: all or nothing
-    scale = acts.max().item()
-    print(f"\n{RUN.name}: {len(found):,} raw rows; largest activation {scale:.3g}; rows where a latent fires in one only: {int(flips.sum())}", end="")
-    assert flips.double().mean() < 1e-3
-    compare(f"{RUN.name} ({sae.architecture}), read by SAELens, on stored rows", (acts[~flips], x_hat[~flips]), (their_acts[~flips], their_x_hat[~flips]))
-    print(f"\n{'':<58} absolute: encode {(acts - their_acts)[~flips].abs().max():.1e}  decode {(x_hat - their_x_hat)[~flips].abs().max():.1e}", end="")
+    compare(f"{RUN.name} ({sae.architecture}), read by SAELens, {len(found):,} stored rows", *both(sae, theirs, found))
 
 
 def exported():
@@ -203,7 +210,7 @@ def test_neuronpedia_read_by_saedashboard():
         read = dashboard.NeuronpediaDashboardBatch(**written).to_dict()
         assert read == written  # the same fields, and nothing lost
         n += len(read["features"])
-    print(f"\n{RUN.name}: {n} features read by SAEDashboard's NeuronpediaDashboardBatch, all fields the same", end="")
+    LINES.append(f"{RUN.name}: {n} features read by SAEDashboard's NeuronpediaDashboardBatch, all fields the same")
     assert n
 
 
@@ -224,8 +231,9 @@ def counted_as_theirs(model, hook: str, sae, special: list[int], windows: list[l
             handle = module.register_forward_hook(lambda module, args, output, edit=edit: edit(output))
             logits = model(input_ids=ids, use_cache=False).logits.float()
             handle.remove()
-            ce = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-            total[name].append(ce[plain[:, :-1]].double())
+            # rows of logits, not (batch, vocabulary, sequence): there torch adds up 262,144 float32 terms less exactly, by 1e-3
+            ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            total[name].append(ce[plain[:, :-1].flatten()].double())
     return {name: torch.cat(values).mean().item() for name, values in total.items()}
 
 
@@ -235,22 +243,24 @@ def test_figures(n_windows: int = int(os.environ.get("WINDOWS", 32))):
     params, hook = json.loads((RUN / "params.json").read_text())["parameters"], sae.config["hook_name"]
     model, tokenizer = sae_utils.load_model(params["model_name"], dtype="float32")
     cut, _ = harvest.cut_windows(tokenizer, list(harvest.open_text(params)), params["seq_len"], 10**9)
-    full = [window for window in harvest.Windows(cut["flat"], cut["starts"]) if len(window) == params["seq_len"]]
+    cut = list(harvest.Windows(cut["flat"], cut["starts"]))
+    length = sorted(map(len, cut))[-4 * n_windows :][0]  # of one length: SAELens knows no padding
+    full = [window[:length] for window in cut if len(window) >= length]
     windows = [list(map(int, window)) for window in full[:: max(1, len(full) // n_windows)]][:n_windows]
     special = sae_utils.special_ids(tokenizer)
 
     proxy = HookedProxyLM(model, tokenizer, hook_names=[hook])
     parts = [torch.tensor(windows[start : start + 4]) for start in range(0, len(windows), 4)]
-    store = SimpleNamespace(left=[], store_batch_size_prompts=4, context_size=params["seq_len"], reset_input_dataset=lambda: store.left.clear())
+    store = SimpleNamespace(left=[], store_batch_size_prompts=4, context_size=length, reset_input_dataset=lambda: store.left.clear())
 
     def get_batch_tokens(n):  # the store it takes tokens from: the same windows, in order, again from the start after a reset
         store.left = store.left or [*parts]
         return store.left.pop(0)
 
     store.get_batch_tokens = get_batch_tokens
-    config = EvalConfig(4, len(parts), True, True, len(parts), compute_sparsity_metrics=True, compute_variance_metrics=True)
+    config = EvalConfig(4, len(parts), False, True, len(parts), compute_sparsity_metrics=True, compute_variance_metrics=True)
     told = run_evals(theirs, store, proxy, ActivationScaler(), config)[0]
-    behaviour, lens = told["model_behavior_preservation"], told["model_performance_preservation"]
+    lens = told["model_performance_preservation"]
 
     ids = torch.tensor(windows)
     x = torch.cat([sae_utils.run_to_hook(model, hook, part, None).flatten(0, 1) for part in parts])[~torch.isin(ids, torch.tensor(special)).flatten()]
@@ -268,11 +278,10 @@ def test_figures(n_windows: int = int(os.environ.get("WINDOWS", 32))):
         "explained variance": (told["reconstruction_quality"]["explained_variance"], *[1 - (rows[1] / rows[2]).item()] * 2),
         "L0": (told["sparsity"]["l0"], *[(rows[5] / rows[0]).item()] * 2),
     }  # fmt: skip
-    print(f"\n{RUN.name}: {len(windows)} windows of {params['seq_len']} tokens, {len(x):,} rows; KL with SAE, SAELens: {behaviour['kl_div_with_sae']:.4f}, ours: {sums[1, 2] / sums[1, -1]:.4f}")
-    print(f"{'':<24}{'SAELens':>10}{'ours, same positions':>22}{'ours, as defined':>18}")
-    for name, (a, b, c) in lines.items():
-        print(f"{name:<24}{a:>10.5f}{b:>22.5f}{c:>18.5f}")
-    print("Positions: SAELens leaves out what BOS predicts (evals.py, get_downstream_reconstruction_metrics: metric_value[mask]) and zeroes the")
-    print("activation at BOS too (get_recons_loss: standard_zero_ablate_hook); here the prediction at BOS counts, and BOS keeps its activation in every arm.", end="")
+    LINES.append(f"{RUN.name}: {len(windows)} windows of {length} tokens, {len(x):,} rows")
+    LINES.append(f"{'':<24}{'SAELens':>10}{'ours, same positions':>22}{'ours, as defined':>18}")
+    LINES.extend(f"{name:<24}{a:>10.5f}{b:>22.5f}{c:>18.5f}" for name, (a, b, c) in lines.items())
+    LINES.append("Positions: SAELens leaves out what BOS predicts (sae_lens/evals.py 6.54.12, line 375: metric_value[mask]) and zeroes the activation at BOS")
+    LINES.append("too (line 734, in standard_zero_ablate_hook); here the prediction at BOS counts, and BOS keeps its activation in every arm.")
     for name, (a, b, _) in lines.items():
-        assert abs(a - b) < 5e-4 * max(abs(a), 1e-3) or np.isclose(a, b, rtol=1e-3, atol=0), name
+        assert abs(a - b) < 5e-5 * abs(a) + 1e-9, name
