@@ -38,7 +38,7 @@ TRANSCODER = "is a transcoder: it reads one place and writes to another, which c
 
 @dataclass
 class Told:
-    """What a format's config says of an SAE."""
+    """What a format's config says of an SAE; what it does not say may be given as None."""
 
     kind: str  # its architecture, by the format's own name
     k: int = 0
@@ -54,6 +54,10 @@ class Told:
     trained_as: str = ""
     refused: str = ""  # why it cannot be read here
     more: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.kind, self.model, self.hook, self.dataset, self.trained_as = (str(v or "") for v in (self.kind, self.model, self.hook, self.dataset, self.trained_as))
+        self.k, self.seq_len, self.norm_scale = int(self.k or 0), int(self.seq_len or 0), float(self.norm_scale)
 
 
 @dataclass
@@ -88,10 +92,9 @@ def _saelens(config: dict, words: str) -> Told:
     elif told.get("hook_name_out") or told.get("d_out") not in (None, told.get("d_in")):
         refused = TRANSCODER
     return Told(
-        "topk" if activation == "topk" else kind, told.get("k") or of_activation.get("k") or 0, bool(told.get("apply_b_dec_to_input", True)),
-        told.get("model_name") or "", told.get("hf_hook_name") or told.get("hook_name") or told.get("hook_point") or "",
-        told.get("context_size") or 0, told.get("dataset_path") or "", (config.get("d_in"), config.get("d_sae")), normalize,
-        rescaled=bool(told.get("rescale_acts_by_decoder_norm")), trained_as=told.get("training_architecture") or "", refused=refused,
+        "topk" if activation == "topk" else kind, told.get("k") or of_activation.get("k"), bool(told.get("apply_b_dec_to_input", True)),
+        told.get("model_name"), told.get("hf_hook_name") or told.get("hook_name") or told.get("hook_point"), told.get("context_size"), told.get("dataset_path"),
+        (config.get("d_in"), config.get("d_sae")), normalize, rescaled=bool(told.get("rescale_acts_by_decoder_norm")), trained_as=told.get("training_architecture"), refused=refused,
     )  # fmt: skip
 
 
@@ -115,50 +118,39 @@ def _gemma_scope(config: dict, words: str) -> Told:
     refused = "" if site.startswith(".") else site
     if config.get("affine_connection") or config.get("type", "sae") != "sae" or config.get("hf_hook_point_out") not in (None, "", hook):
         refused = TRANSCODER
-    kind = str(config.get("architecture") or "jump_relu")
-    return Told(
-        kind, model=model, hook=hook, seq_len=1024, shape=(None, config.get("width")),
-        refused=refused, more={"l0_told": config["l0"]} if "l0" in config else {},
-    )  # fmt: skip
+    more = {"l0_told": config["l0"]} if "l0" in config else {}
+    return Told(config.get("architecture") or "jump_relu", model=model, hook=hook, seq_len=1024, shape=(None, config.get("width")), refused=refused, more=more)
 
 
 def _sparsify(config: dict, words: str) -> Told:
-    run = config.get("run") or {}
-    refused = ""
-    if config.get("transcode") or config.get("skip_connection"):
-        refused = TRANSCODER
-    d_in = config.get("d_in")
+    run, d_in = config.get("run") or {}, config.get("d_in")
     width = config.get("num_latents") or (d_in * config["expansion_factor"] if d_in and config.get("expansion_factor") else None)
-    model = run.get("model") or ""
     module = next((part for part in reversed(words.split("/")) if re.search(r"\.\d+(\.|$)", part)), "")
-    base = family(model).get("base", "")
-    return Told(
-        config.get("activation") or "topk", config.get("k") or 0, True, model, f"{base}.{module}.output" if base and module else module and f"hookpoint {module}",
-        run.get("ctx_len") or 0, run.get("dataset") or "", (d_in, width), refused=refused,
-    )  # fmt: skip
+    base = family(run.get("model") or "").get("base", "")  # the folder's name is the module's within the base model
+    hook = f"{base}.{module}.output" if base and module else module and f"hookpoint {module}"
+    refused = TRANSCODER if config.get("transcode") or config.get("skip_connection") else ""
+    return Told(config.get("activation") or "topk", config.get("k"), True, run.get("model"), hook, run.get("ctx_len"), run.get("dataset"), (d_in, width), refused=refused)
 
 
 def _dictionary_learning(config: dict, words: str) -> Told:
     told, buffer = config.get("trainer") or {}, config.get("buffer") or {}
-    kind, model = told.get("dict_class") or "", told.get("lm_name") or ""
-    module, layer = told.get("submodule_name") or "", told.get("layer")
-    hook = module if re.search(r"\.\d+(\.|$)", module) else ""
+    kind, module, layer = told.get("dict_class"), told.get("submodule_name") or "", told.get("layer")
+    hook = module if re.search(r"\.\d+(\.|$)", module) else module and f"submodule {module}"
     if re.match(r"resid_(post|out)", module) and isinstance(layer, int):
         hook = f"blocks.{layer}.hook_resid_post"
     if buffer.get("io", "out") != "out":
         hook = f"the input of {module or 'a module it does not name'}"
     return Told(
-        kind, told.get("k") or 0, kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"), model, hook or (module and f"submodule {module}"), buffer.get("ctx_len") or 0, "",
-        (told.get("activation_dim"), told.get("dict_size")), refused=TRANSCODER if buffer.get("io") == "in_and_out" else "",
+        kind, told.get("k"), kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"), told.get("lm_name"), hook, buffer.get("ctx_len"),
+        shape=(told.get("activation_dim"), told.get("dict_size")), refused=TRANSCODER if buffer.get("io") == "in_and_out" else "",
     )  # fmt: skip
 
 
 def _plain(config: dict, words: str) -> Told:
     about = config.get("config") or {}
     return Told(
-        config.get("architecture") or "", config.get("k") or 0, bool(config.get("apply_b_dec_to_input")), about.get("model_name") or "",
-        about.get("hook_name") or "", about.get("seq_len") or 0, about.get("dataset_name") or "", (config.get("d_in"), config.get("d_sae")),
-        norm_scale=config.get("norm_scale", 1.0), more=about,
+        config.get("architecture"), config.get("k"), bool(config.get("apply_b_dec_to_input")), about.get("model_name"), about.get("hook_name"), about.get("seq_len"),
+        about.get("dataset_name"), (config.get("d_in"), config.get("d_sae")), norm_scale=config["norm_scale"], more=about,
     )  # fmt: skip
 
 
@@ -282,10 +274,9 @@ def load(source: str, hook: str = "", device: str = "cpu", *, another_hook: bool
         raise UserError(f"{source} is for activations {sae.d_in} wide, these are {d_in}: it was made for another model or place.")
     at = hook or known
     layer = re.search(r"\.(\d+)(\.|$)", at)
-    sae.config = {"model_revision": "", "layer": int(layer[1]) if layer else None} | sae.config | {"hook_name": at, "source": source, "format": name}
+    sae.config = {"model_revision": ""} | sae.config | {"hook_name": at, "layer": int(layer[1]) if layer else None, "source": source, "format": name}
     if at != known:
         sae.config["made_for"] = known or told
-        sae.config["layer"] = int(layer[1]) if layer else None
     return sae.to(device).eval().requires_grad_(False)
 
 
@@ -374,7 +365,11 @@ def parsed(file: Path, name: str, shown: str) -> dict:
 
 def read(form: Format, file: Path, fetch, words: str, shown: str) -> tuple[sae_utils.SAE, str]:
     """(the SAE, its hook as the format names it)."""
-    told = form.told(read_config(form, fetch, shown), words)
+    config = read_config(form, fetch, shown)
+    try:
+        told = form.told(config, words)
+    except (TypeError, ValueError, KeyError, AttributeError):  # a list where a name is, a word where a number is
+        raise UserError(f"{form.config} beside {shown} is not as this format's own tool writes it: copy or download it again.") from None
     if told.refused:
         raise UserError(f"{shown} {told.refused}.")
     if told.kind not in form.tensors:
@@ -594,36 +589,37 @@ def neuronpedia_files(sae: sae_utils.SAE, about: dict, at_a_time: int = 128):
     Neuronpedia's uploader takes. Counts in a histogram are estimates: shares of the sample that features.npz kept."""
     if "features" not in about:
         raise UserError(f"{about['run']} has no features.npz: FORMAT=neuronpedia is made of it.")
-    found, text, config, metrics = about["features"], about["as_text"], sae.config, about.get("metrics", {})
+    found, config, metrics = about["features"], sae.config, about.get("metrics", {})
+    texts, rounded = lambda tokens: [str(about["as_text"](int(token))) for token in tokens], lambda values: [round(float(value), 3) for value in values]
     rows, live = metrics.get("rows", 0), np.flatnonzero(np.asarray(found["density"]) > 0)
     head = {"model_id": Path(str(config.get("model_name"))).name, "layer": config.get("layer"), "sae_set": about["run"], "sae_id_suffix": None}
     data = {"n_prompts_total": metrics.get("data", {}).get("windows", 0), "n_tokens_in_prompt": config.get("seq_len", 0), "dataset": config.get("dataset_name", "")}
     middle, n_top = found["tokens"].shape[2] // 2, found["top_rows"].shape[1]
 
     def activation(latent: int, place: int, bounds: dict) -> dict:
-        kept = found["tokens"][latent, place] >= 0
-        values = [round(float(value), 3) for value in found["acts"][latent, place][kept]]
-        return {**bounds, "tokens": [str(text(int(t))) for t in found["tokens"][latent, place][kept]], "values": values, "qualifying_token_index": int(kept[:middle].sum())}
+        tokens, acts = found["tokens"][latent, place], found["acts"][latent, place]
+        return {**bounds, "tokens": texts(tokens[tokens >= 0]), "values": rounded(acts[tokens >= 0]), "qualifying_token_index": int((tokens[:middle] >= 0).sum())}
 
     def feature(latent: int) -> dict:
-        highest, bars, deciles = float(max(found["max_act"][latent], found["top_values"][latent, 0])), found["histogram"][latent], found["decile_values"][latent]
-        starts = [float(decile[0]) for decile in deciles if decile[0] > 0]
+        highest, bars, starts = float(max(found["max_act"][latent], found["top_values"][latent, 0])), found["histogram"][latent], found["decile_values"][latent, :, 0]
         places = [activation(latent, place, {"bin_min": -1, "bin_max": 99, "bin_contains": -1}) for place in range(n_top) if found["top_rows"][latent, place] >= 0]
-        of_decile = [i for i in range(len(deciles)) if deciles[i][0] > 0]
-        places += [activation(latent, n_top + i, {"bin_min": start, "bin_max": end, "bin_contains": 0.1}) for i, start, end in zip(of_decile, starts, [*starts[1:], highest], strict=True)]
+        deciles = np.flatnonzero(starts > 0).tolist()
+        for i, end in zip(deciles, [*starts[deciles[1:]], highest], strict=bool(deciles)):
+            places.append(activation(latent, n_top + i, {"bin_min": float(starts[i]), "bin_max": float(end), "bin_contains": 0.1}))
         listed = {f"{kind}_{part}": [] for kind in ("neuron_alignment", "correlated_neurons", "correlated_features") for part in ("indices", "l1")}
         listed |= {"neuron_alignment_values": [], "correlated_neurons_pearson": [], "correlated_features_pearson": []}
         return {
             "feature_index": latent, **listed,
-            "neg_str": [str(text(int(t))) for t in found["suppressed"][latent]], "neg_values": [round(float(v), 3) for v in found["suppressed_by"][latent]],
-            "pos_str": [str(text(int(t))) for t in found["promoted"][latent]], "pos_values": [round(float(v), 3) for v in found["promoted_by"][latent]],
+            "neg_str": texts(found["suppressed"][latent]), "neg_values": rounded(found["suppressed_by"][latent]),
+            "pos_str": texts(found["promoted"][latent]), "pos_values": rounded(found["promoted_by"][latent]),
             "frac_nonzero": float(found["density"][latent]),
-            "freq_hist_data_bar_values": [round(highest * (i + 0.5) / len(bars), 3) for i in range(len(bars))],
+            "freq_hist_data_bar_values": rounded(highest * (np.arange(len(bars)) + 0.5) / len(bars)),
             "freq_hist_data_bar_heights": [round(float(bar) * float(found["density"][latent]) * rows) for bar in bars],
             "logits_hist_data_bar_heights": [], "logits_hist_data_bar_values": [], **data, "decoder_weights_dist": [], "activations": places, "vector": [],
         }  # fmt: skip
 
-    yield "run_settings.json", {"run": about["run"], **head, "sae_path": config.get("source", ""), "huggingface_dataset_path": data["dataset"], "n_features_at_a_time": at_a_time, **data}
-    yield "skipped_indexes.json", {**{name: head[name] for name in ("model_id", "sae_set")}, "layer": str(head["layer"]), "log_sparsity": -10, "skipped_indexes": sorted({*range(sae.d_sae)} - {*live.tolist()})}
+    yield "run_settings.json", {"run": about["run"], **head, **data, "huggingface_dataset_path": data["dataset"], "n_features_at_a_time": at_a_time}
+    dead = {"model_id": head["model_id"], "layer": str(head["layer"]), "sae_set": head["sae_set"], "log_sparsity": -10}
+    yield "skipped_indexes.json", dead | {"skipped_indexes": np.setdiff1d(np.arange(sae.d_sae), live).tolist()}
     for number, part in enumerate(np.split(live, range(at_a_time, len(live), at_a_time))):
         yield f"batch-{number}.json", {**head, "features": [feature(int(latent)) for latent in part]}
