@@ -88,9 +88,17 @@ demo: tiny-model ## tiny model -> SAE -> report -> patched generation, in a few 
 train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED=] [RUN=] [P="-p name value"]
 	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
 
-.PHONY: patch
-patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]
-	$(if $(RUN),,$(error say which run to patch: make patch RUN=name))$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(RUN)' $(P)
+# An SAE that is trained already is looked at first, on 200,000 rows of text, as a run named after it.
+SAE ?=
+SAE_RUN = $(or $(RUN),$(notdir $(patsubst %/,%,$(SAE))))
+FEATURES = $(LAUNCH) features '$(SAE)' -p n_activations 200000 $(NAMED) -p run_dir 'runs/$(SAE_RUN)'
+.PHONY: features patch
+features: $(READY) ## look at an SAE from elsewhere as at one's own: SAE=path or hub id [MODEL=] [DATASET=] [LAYER=] [RUN=] [PARAMS=file] [P=]
+	$(if $(SAE),,$(error say which SAE: make features SAE=path))$(FEATURES) $(if $(PARAMS),-f $(PARAMS)) $(P)
+
+patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]; or of SAE=path [MODEL=] [DATASET=], which `make features` looks at first
+	$(if $(RUN)$(SAE),,$(error say which run to patch: make patch RUN=name))$(if $(SAE),$(FEATURES))
+	$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(or $(RUN),$(SAE_RUN))' $(P)
 
 .PHONY: labels
 labels: $(READY) ## put the names in a run's labels.csv on its features.html: RUN=name

@@ -3,7 +3,7 @@
     python notebooks/experiment.py NOTEBOOK [papermill flags]
 
 is what `make train` and `make patch` call (in place of a notebook, `activations "2 6 10"` harvests
-those layers, and `labels RUN` writes a run's features.html anew). papermill executes whatever it is given and writes over
+those layers, `labels RUN` writes a run's features.html anew, and `features SAE` looks at an SAE that is trained already). papermill executes whatever it is given and writes over
 what is there; so parameters are checked and the run's folder is looked at first, in a second and
 with one sentence for a mistake. The notebooks make the same checks in their first cells.
 """
@@ -128,8 +128,8 @@ def run_folder(params: dict) -> tuple[Path, bool]:
 
     Raises UserError where the folder holds a run made with other parameters.
     """
-    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", *FREE})
-    name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", suffix)
+    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "trained_sae", *FREE})
+    name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", Path(params["trained_sae"]).name, suffix)
     run_dir = sae_utils.resolve(params["run_dir"] or f"runs/{name}")
     if run_dir in [sae_utils.ROOT / "runs" / taken for taken in ("", "activations", "tiny-model", "tiny-world")]:
         raise sae_utils.UserError(f"{sae_utils.show_path(run_dir)} is kept for other things: choose another run name.")
@@ -363,6 +363,21 @@ def relabel(run_dir: str) -> Path:
     return page
 
 
+def judge(source: str, flags: list[str]) -> Path:
+    """`launch` of sae_training on an SAE that is trained already: where the flags do not say which model and layer, the
+    ones it was made for."""
+    import formats
+
+    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    made_for = formats.load(source, str(given.get("hook", "")).format(layer=given.get("layer", "")), another_hook=True).config
+    found = []
+    for name in {"model_name", "layer"} - {*given}:
+        if made_for[name] in ("", None):
+            raise sae_utils.UserError(f"{source} does not say which {name.removesuffix('_name')} it was made for: name it with {name.removesuffix('_name').upper()}=.")
+        found += ["-p", name, str(made_for[name])]
+    return launch("sae_training", ["-p", "trained_sae", source, *found, *flags])
+
+
 def readable(record: logging.LogRecord) -> bool:
     """A filter of papermill's log: out with its own noise, with what only a notebook can show (figures, tables, widgets,
     of which a log has but the type's name), and with blank lines after outputs."""
@@ -384,6 +399,8 @@ def main(args: list[str]) -> int:
             harvest_layers(args[1], args[2:])
         elif args[0] == "labels":
             relabel(args[1])
+        elif args[0] == "features":
+            judge(args[1], args[2:])
         else:
             launch(args[0], args[1:])
     except sae_utils.UserError as error:
