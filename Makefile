@@ -84,6 +84,10 @@ demo: tiny-model ## tiny model -> SAE -> report -> patched generation, in a few 
 	@echo "executed notebooks   runs/demo/sae_training.ipynb, runs/demo/patches/demo/patch_neurons.ipynb"
 	@echo "metrics              runs/demo/metrics.json, runs/demo/patches/demo/patching.json"
 
+.PHONY: check
+check: $(READY) ## whether a model will do, before its weights are fetched: MODEL=id-or-folder LAYER=n [DATASET=] [PARAMS=file] [P=]
+	$(LAUNCH) check $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
+
 .PHONY: train
 train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED=] [RUN=] [P="-p name value"]
 	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)

@@ -3,7 +3,7 @@
     python notebooks/experiment.py NOTEBOOK [papermill flags]
 
 is what `make train` and `make patch` call (in place of a notebook, `activations "2 6 10"` harvests
-those layers, and `labels RUN` writes a run's features.html anew). papermill executes whatever it is given and writes over
+those layers, `labels RUN` writes a run's features.html anew, and `check` tries whether a model will do). papermill executes whatever it is given and writes over
 what is there; so parameters are checked and the run's folder is looked at first, in a second and
 with one sentence for a mistake. The notebooks make the same checks in their first cells.
 """
@@ -363,6 +363,16 @@ def relabel(run_dir: str) -> Path:
     return page
 
 
+def check_model(flags: list[str]) -> None:
+    """Tries whether a model will do for a training run with these flags: a line for each check. UserError where one fails."""
+    import checking
+
+    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    if "layer" not in given:
+        raise sae_utils.UserError("say which layer: make check MODEL=id-or-folder LAYER=n.")
+    checking.check(check_params("sae_training", given))
+
+
 def readable(record: logging.LogRecord) -> bool:
     """A filter of papermill's log: out with its own noise, with what only a notebook can show (figures, tables, widgets,
     of which a log has but the type's name), and with blank lines after outputs."""
@@ -384,6 +394,8 @@ def main(args: list[str]) -> int:
             harvest_layers(args[1], args[2:])
         elif args[0] == "labels":
             relabel(args[1])
+        elif args[0] == "check":
+            check_model(args[1:])
         else:
             launch(args[0], args[1:])
     except sae_utils.UserError as error:
