@@ -100,6 +100,10 @@ patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p
 labels: $(READY) ## put the names in a run's labels.csv on its features.html: RUN=name
 	$(if $(RUN),,$(error say which run: make labels RUN=name))$(LAUNCH) labels 'runs/$(RUN)'
 
+.PHONY: export
+export: $(READY) ## write a run's SAE for other tools: RUN=name FORMAT=saelens (or safetensors, neuronpedia) [OUT=folder]
+	$(if $(RUN),,$(error say which run: make export RUN=name FORMAT=saelens))$(LAUNCH) export 'runs/$(RUN)' '$(FORMAT)' $(if $(OUT),'$(OUT)')
+
 LAYERS ?= 6
 ACTIVATIONS = $(LAUNCH) activations '$(LAYERS)' $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
 .PHONY: activations sweep-activations

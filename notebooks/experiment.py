@@ -3,7 +3,8 @@
     python notebooks/experiment.py NOTEBOOK [papermill flags]
 
 is what `make train` and `make patch` call (in place of a notebook, `activations "2 6 10"` harvests
-those layers, `labels RUN` writes a run's features.html anew, and `check` tries whether a model will do). papermill executes whatever it is given and writes over
+those layers, `labels RUN` writes a run's features.html anew, `export RUN FORMAT [FOLDER]` its SAE for other tools, and
+`check` tries whether a model will do). papermill executes whatever it is given and writes over
 what is there; so parameters are checked and the run's folder is looked at first, in a second and
 with one sentence for a mistake. The notebooks make the same checks in their first cells.
 """
@@ -343,22 +344,28 @@ def harvest_layers(layers: str, flags: list[str]) -> None:
         raise sae_utils.UserError(" ".join(dict.fromkeys(mistakes)))
 
 
+def as_text_of(sae: sae_utils.SAE) -> sae_utils.TokenText:
+    """The text of tokens of the model that the SAE was trained on."""
+    import transformers
+
+    name, revision = sae.config["model_name"], sae.config["model_revision"]
+    sae_utils.use_hf_token()
+    with sae_utils.hub_errors("model", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None)
+    return sae_utils.TokenText(tokenizer)
+
+
 def relabel(run_dir: str) -> Path:
     """Writes a finished run's features.html anew, with the names that its labels.csv now gives to latents."""
     import features
     import numpy as np
-    import transformers
 
     folder = finished_run(run_dir)
     sae, labels = sae_utils.SAE.load(folder / "sae.pth"), features.read_labels(folder / "labels.csv")
     for latent in labels:
         sae_utils.check_latent(latent, sae.d_sae)
-    name, revision = sae.config["model_name"], sae.config["model_revision"]
-    sae_utils.use_hf_token()
-    with sae_utils.hub_errors("model", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None)
     kept, page = dict(np.load(folder / "features.npz")), folder / "features.html"
-    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, sae_utils.TokenText(tokenizer), labels)
+    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text_of(sae), labels)
     print(f"{sae_utils.show_path(page)}: {len(labels)} of {int((sae.density > 0).sum()):,} latents have a name")
     return page
 
@@ -371,6 +378,20 @@ def check_model(flags: list[str]) -> None:
     if "layer" not in given:
         raise sae_utils.UserError("say which layer: make check MODEL=id-or-folder LAYER=n.")
     checking.check(check_params("sae_training", given))
+
+
+def export(run_dir: str, format: str, out: str = "") -> Path:
+    """Writes a finished run's SAE for other tools, into `out` or the run's export/<format>."""
+    import formats
+    import numpy as np
+
+    folder = finished_run(run_dir)
+    sae, about = sae_utils.SAE.load(folder / "sae.pth"), {"run": folder.name, "metrics": json.loads((folder / "metrics.json").read_text())}
+    if format == "neuronpedia" and (folder / "features.npz").exists():
+        about |= {"features": dict(np.load(folder / "features.npz")), "as_text": as_text_of(sae)}
+    written = formats.export(sae, out or folder / "export" / format, format, about)
+    print(f"{sae_utils.show_path(written)}: {', '.join(sorted(file.name for file in written.iterdir())[:4])}")
+    return written
 
 
 def readable(record: logging.LogRecord) -> bool:
@@ -396,6 +417,8 @@ def main(args: list[str]) -> int:
             relabel(args[1])
         elif args[0] == "check":
             check_model(args[1:])
+        elif args[0] == "export":
+            export(*args[1:])
         else:
             launch(args[0], args[1:])
     except sae_utils.UserError as error:
