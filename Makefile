@@ -104,6 +104,11 @@ labels: $(READY) ## put the names in a run's labels.csv on its features.html: RU
 export: $(READY) ## write a run's SAE for other tools: RUN=name FORMAT=saelens (or safetensors, neuronpedia) [OUT=folder]
 	$(if $(RUN),,$(error say which run: make export RUN=name FORMAT=saelens))$(LAUNCH) export 'runs/$(RUN)' '$(FORMAT)' $(if $(OUT),'$(OUT)')
 
+.PHONY: publish
+publish: $(READY) ## push a run's SAE to the Hugging Face hub with a model card: RUN=name REPO=user/name [FORMAT=safetensors] [PRIVATE=0] [DRY_RUN=1: only runs/<name>/export/publish]
+	$(if $(and $(RUN),$(REPO)),,$(error say which run and where to: make publish RUN=name REPO=user/name))$(LAUNCH) publish 'runs/$(RUN)' '$(REPO)' '$(or $(FORMAT),saelens)' \
+	  $(if $(filter-out 0,$(DRY_RUN)),dry) $(if $(filter 0,$(PRIVATE)),public)
+
 LAYERS ?= 6
 ACTIVATIONS = $(LAUNCH) activations '$(LAYERS)' $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
 .PHONY: activations sweep-activations

@@ -3,8 +3,8 @@
     python notebooks/experiment.py NOTEBOOK [papermill flags]
 
 is what `make train` and `make patch` call (in place of a notebook, `activations "2 6 10"` harvests
-those layers, `labels RUN` writes a run's features.html anew, `export RUN FORMAT [FOLDER]` its SAE for other tools, and
-`check` tries whether a model will do). papermill executes whatever it is given and writes over
+those layers, `labels RUN` writes a run's features.html anew, `export RUN FORMAT [FOLDER]` its SAE for other tools, which
+`publish RUN REPO [FORMAT] [dry] [public]` pushes to the hub, and `check` tries whether a model will do). papermill executes whatever it is given and writes over
 what is there; so parameters are checked and the run's folder is looked at first, in a second and
 with one sentence for a mistake. The notebooks make the same checks in their first cells.
 """
@@ -394,6 +394,13 @@ def export(run_dir: str, format: str, out: str = "") -> Path:
     return written
 
 
+def publish(run_dir: str, repo: str, format: str = "saelens", *words: str) -> Path:
+    """Exports a finished run and pushes it to `repo` on the hub with a model card; `words`: dry, public."""
+    import publishing
+
+    return publishing.publish(finished_run(run_dir), export(run_dir, format), repo, dry_run="dry" in words, private="public" not in words)
+
+
 def readable(record: logging.LogRecord) -> bool:
     """A filter of papermill's log: out with its own noise, with what only a notebook can show (figures, tables, widgets,
     of which a log has but the type's name), and with blank lines after outputs."""
@@ -419,6 +426,8 @@ def main(args: list[str]) -> int:
             check_model(args[1:])
         elif args[0] == "export":
             export(*args[1:])
+        elif args[0] == "publish":
+            publish(*args[1:])
         else:
             launch(args[0], args[1:])
     except sae_utils.UserError as error:
