@@ -232,7 +232,7 @@ def stop(params: dict, found: Found) -> str:
     try:
         own(input_ids=ids, attention_mask=mask, use_cache=False)
         for window in found.windows:
-            own(input_ids=torch.tensor([window], device=own.device), use_cache=False)
+            own(input_ids=torch.tensor([window[:-1]], device=own.device), use_cache=False)
     finally:
         handle.remove()
     real, most = mask.bool(), 1e-3 if own.dtype == torch.float32 else 0.05
@@ -241,11 +241,12 @@ def stop(params: dict, found: Found) -> str:
         raise UserError(f"what {found.hook} returns is {'zero everywhere' if rows.isfinite().all() else 'inf or NaN'}: choose another hook or dtype.")
     if (far := apart(whole, rows)) > most:
         raise UserError(f"{found.hook} returns another output when the pass stops there than in a whole pass ({far:.2g} of a row's length): this model does not repeat itself; choose another.")
-    alone = apart(torch.cat([x.reshape(-1, rows.shape[1]) for x in caught[1:]]), rows)
+    shorter = torch.cat([x[: len(window) - 1] for x, window in zip(stopped, found.windows, strict=True)])
+    alone = apart(torch.cat([x.reshape(-1, rows.shape[1]) for x in caught[1:]]), shorter)
     if alone > most:
-        raise UserError(f"rows of a padded batch differ from those of each window alone by {alone:.2g} of their length: this model mixes padding in; choose another.")
+        raise UserError(f"rows of a padded batch differ from those of each window alone, without its last token, by {alone:.2g} of their length: padding or what comes later has a say; choose another model.")
     equal = "the same bits as" if same_bits(whole, rows) else f"within {far:.1g} of"
-    return f"{equal} the whole pass on {len(rows)} tokens of {found.documents_are}; a window alone differs by {alone:.1g} of a row's length at most"
+    return f"{equal} the whole pass on {len(rows)} tokens of {found.documents_are}; each window alone and cut shorter differs by {alone:.1g} of a row's length at most"
 
 
 @torch.inference_mode()

@@ -183,12 +183,15 @@ def test_a_model_that_changes_above_the_hook(lines, monkeypatch):
     assert found["stop at the hook"][1].startswith("the same bits") and "where nothing is edited" in found["empty patch"][1]
 
 
-def test_padding_that_changes_rows(lines, monkeypatch):
+@pytest.mark.parametrize("change", [lambda out: out + out.mean(0, keepdim=True), lambda out: out + out.roll(-1, 1)], ids=["other texts", "later tokens"])
+def test_rows_on_which_something_else_has_a_say(change, lines, folder, monkeypatch):
+    """Also where all windows are of one length, so that none is padded."""
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("the cat sees " * 5, "a dog has " * 5, "big red bird " * 5)))
     load = u.load_model
 
     def loaded(*args):
         model, tokenizer = load(*args)
-        model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out + out.mean((0, 1)))
+        model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: change(out))
         return model, tokenizer
 
     monkeypatch.setattr(u, "load_model", loaded)
