@@ -303,6 +303,17 @@ def test_a_text_that_is_not_there(lines, folder, model):
     assert "no such file or folder" in found["text"][1] and "built-in sentences stand for it" in found["text"][1] and "of built-in sentences" in found["stop at the hook"][1]
 
 
+tales = test_activations.hub  # a dataset me/tales in a hub's place
+
+
+def test_a_text_on_the_hub_is_not_fetched_for_a_check(lines, tales, tmp_path):
+    """However small it is, and though the run would fetch it."""
+    _, calls, sizes = tales
+    sizes["num_bytes"] = 10**6
+    assert "of me/tales" in lines(dataset_name="me/tales", n_activations=3_000_000)["stop at the hook"][1]
+    assert calls == [("me/tales", True)] and not (tmp_path / "cache" / "parquet").exists()
+
+
 def test_what_does_not_fit(lines, monkeypatch):
     monkeypatch.setattr(checking, "memory", lambda device: 1000)
     found = lines("model")
