@@ -84,6 +84,10 @@ demo: tiny-model ## tiny model -> SAE -> report -> patched generation, in a few 
 	@echo "executed notebooks   runs/demo/sae_training.ipynb, runs/demo/patches/demo/patch_neurons.ipynb"
 	@echo "metrics              runs/demo/metrics.json, runs/demo/patches/demo/patching.json"
 
+.PHONY: check
+check: $(READY) ## whether a model will do, before its weights are fetched: MODEL=id-or-folder LAYER=n [DATASET=] [PARAMS=file] [P=]
+	$(LAUNCH) check $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
+
 .PHONY: train
 train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED=] [RUN=] [P="-p name value"]
 	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
@@ -103,6 +107,15 @@ patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p
 .PHONY: labels
 labels: $(READY) ## put the names in a run's labels.csv on its features.html: RUN=name
 	$(if $(RUN),,$(error say which run: make labels RUN=name))$(LAUNCH) labels 'runs/$(RUN)'
+
+.PHONY: export
+export: $(READY) ## write a run's SAE for other tools: RUN=name FORMAT=saelens (or safetensors, neuronpedia) [OUT=folder]
+	$(if $(RUN),,$(error say which run: make export RUN=name FORMAT=saelens))$(LAUNCH) export 'runs/$(RUN)' '$(FORMAT)' $(if $(OUT),'$(OUT)')
+
+.PHONY: publish
+publish: $(READY) ## push a run's SAE to the Hugging Face hub with a model card: RUN=name REPO=user/name [FORMAT=safetensors] [PRIVATE=0] [DRY_RUN=1: only runs/<name>/export/publish]
+	$(if $(and $(RUN),$(REPO)),,$(error say which run and where to: make publish RUN=name REPO=user/name))$(LAUNCH) publish 'runs/$(RUN)' '$(REPO)' '$(or $(FORMAT),saelens)' \
+	  $(if $(filter-out 0,$(DRY_RUN)),dry) $(if $(filter 0,$(PRIVATE)),public)
 
 LAYERS ?= 6
 ACTIVATIONS = $(LAUNCH) activations '$(LAYERS)' $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)

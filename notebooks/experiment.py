@@ -3,7 +3,7 @@
     python notebooks/experiment.py NOTEBOOK [papermill flags]
 
 is what `make train` and `make patch` call (in place of a notebook, `activations "2 6 10"` harvests
-those layers, `labels RUN` writes a run's features.html anew, and `features SAE` looks at an SAE that is trained already). papermill executes whatever it is given and writes over
+those layers; JOBS has this one and the others). papermill executes whatever it is given and writes over
 what is there; so parameters are checked and the run's folder is looked at first, in a second and
 with one sentence for a mistake. The notebooks make the same checks in their first cells.
 """
@@ -343,22 +343,28 @@ def harvest_layers(layers: str, flags: list[str]) -> None:
         raise sae_utils.UserError(" ".join(dict.fromkeys(mistakes)))
 
 
+def as_text_of(sae: sae_utils.SAE) -> sae_utils.TokenText:
+    """The text of tokens of the model that the SAE was trained on."""
+    import transformers
+
+    name, revision = sae.config["model_name"], sae.config["model_revision"]
+    sae_utils.use_hf_token()
+    with sae_utils.hub_errors("model", name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None)
+    return sae_utils.TokenText(tokenizer)
+
+
 def relabel(run_dir: str) -> Path:
     """Writes a finished run's features.html anew, with the names that its labels.csv now gives to latents."""
     import features
     import numpy as np
-    import transformers
 
     folder = finished_run(run_dir)
     sae, labels = sae_utils.SAE.load(folder / "sae.pth"), features.read_labels(folder / "labels.csv")
     for latent in labels:
         sae_utils.check_latent(latent, sae.d_sae)
-    name, revision = sae.config["model_name"], sae.config["model_revision"]
-    sae_utils.use_hf_token()
-    with sae_utils.hub_errors("model", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None)
     kept, page = dict(np.load(folder / "features.npz")), folder / "features.html"
-    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, sae_utils.TokenText(tokenizer), labels)
+    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text_of(sae), labels)
     print(f"{sae_utils.show_path(page)}: {len(labels)} of {int((sae.density > 0).sum()):,} latents have a name")
     return page
 
@@ -378,6 +384,47 @@ def judge(source: str, flags: list[str]) -> Path:
     return launch("sae_training", ["-p", "trained_sae", source, *found, *flags])
 
 
+def check_model(flags: list[str]) -> None:
+    """Tries whether a model will do for a training run with these flags: a line for each check. UserError where one fails."""
+    import checking
+
+    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    if "layer" not in given:
+        raise sae_utils.UserError("say which layer: make check MODEL=id-or-folder LAYER=n.")
+    checking.check(check_params("sae_training", given))
+
+
+def export(run_dir: str, format: str, out: str = "") -> Path:
+    """Writes a finished run's SAE for other tools, into `out` or the run's export/<format>."""
+    import formats
+    import numpy as np
+
+    folder = finished_run(run_dir)
+    sae, about = sae_utils.SAE.load(folder / "sae.pth"), {"run": folder.name, "metrics": json.loads((folder / "metrics.json").read_text())}
+    if format == "neuronpedia" and (folder / "features.npz").exists():
+        about |= {"features": dict(np.load(folder / "features.npz")), "as_text": as_text_of(sae)}
+    written = formats.export(sae, out or folder / "export" / format, format, about)
+    print(f"{sae_utils.show_path(written)}: {', '.join(sorted(file.name for file in written.iterdir())[:4])}")
+    return written
+
+
+def publish(run_dir: str, repo: str, format: str = "saelens", *words: str) -> Path:
+    """Exports a finished run and pushes it to `repo` on the hub with a model card; `words`: dry, public."""
+    import publishing
+
+    return publishing.publish(finished_run(run_dir), export(run_dir, format), repo, dry_run="dry" in words, private="public" not in words)
+
+
+JOBS = {  # what a first word that is no notebook does
+    "activations": lambda layers, *flags: harvest_layers(layers, [*flags]),  # LAYERS: their rows, in one pass
+    "labels": relabel,  # RUN: its features.html anew
+    "features": lambda source, *flags: judge(source, [*flags]),  # SAE: looked at as our own is
+    "check": lambda *flags: check_model([*flags]),  # whether a model will do
+    "export": export,  # RUN FORMAT [FOLDER]: its SAE for other tools
+    "publish": publish,  # RUN REPO [FORMAT] [dry] [public]: that on the hub, with a card
+}
+
+
 def readable(record: logging.LogRecord) -> bool:
     """A filter of papermill's log: out with its own noise, with what only a notebook can show (figures, tables, widgets,
     of which a log has but the type's name), and with blank lines after outputs."""
@@ -395,14 +442,8 @@ def main(args: list[str]) -> int:
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").addFilter(readable)
     try:
-        if args[0] == "activations":
-            harvest_layers(args[1], args[2:])
-        elif args[0] == "labels":
-            relabel(args[1])
-        elif args[0] == "features":
-            judge(args[1], args[2:])
-        else:
-            launch(args[0], args[1:])
+        job, words = JOBS.get(args[0]), args[1:]
+        job(*words) if job else launch(args[0], words)
     except sae_utils.UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -10,8 +10,10 @@ made for. A fact that a file does not tell is left empty.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -163,6 +165,7 @@ def _plain(config: dict, words: str) -> Told:
 PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
 JUMP, GATE = {"threshold": "threshold"}, {"r_mag": "r_mag", "b_mag": "b_mag"}
 LINEAR = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias", "W_dec": "decoder.weight.T", "b_dec": "b_dec"}  # torch's nn.Linear
+NEVER = 1e-10  # SAELens adds this to a density before it takes the logarithm
 MEASURED = {name: name for name in ("mean", "density", "max_act")}
 GEMMA = PLAIN | {"W_enc": "w_enc", "W_dec": "w_dec"} | JUMP
 FORMATS = {
@@ -307,7 +310,7 @@ def opened(source: str) -> tuple[str, Callable[[str], Path | None]]:
             asked = local.is_dir() or name == local.name or name not in {form.weights for form in FORMATS.values()}
             return folder / name if asked and (folder / name).is_file() else None
 
-        return folder.as_posix(), on_disk
+        return sae_utils.show_path(folder), on_disk
     words, _, revision = source.partition("@")
     parts = words.strip("/").split("/")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(/[^\s/]+)*/?", words) or parts[0] in ("runs", "params", "notebooks") or ".." in parts:
@@ -412,7 +415,8 @@ def read(form: Format, file: Path, fetch, words: str, shown: str) -> tuple[sae_u
     if sparsity is not None:
         logs = read_tensors(sparsity, f"{words}/sparsity.safetensors").get("sparsity")
         if logs is not None and logs.shape == (sae.d_sae,):
-            sae.density = 10.0 ** logs.float()
+            density = 10.0 ** logs.double() - NEVER
+            sae.density = torch.where(density > NEVER, density, 0.0).float()
     sae.config = {
         **told.more, "model_name": hub_id(told.model), "seq_len": told.seq_len, "dataset_name": told.dataset, "normalize": "scale" if scale else "unit",
         **({"trained_as": told.trained_as} if told.trained_as else {}), **({"notice": " ".join(notice)} if notice else {}),
@@ -483,3 +487,152 @@ def unit_rows(tensors: dict[str, Tensor], architecture: str, scale: float, resca
     changed = {"W_dec": tensors["W_dec"] / norms[:, None].float()}
     changed |= {name: tensors[name] * norms.float() for name in ("W_enc", "b_enc", "b_mag", "threshold") if name in tensors}
     return tensors | changed, scale, ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Out
+# ---------------------------------------------------------------------------------------------
+
+EXPORTS = {  # the files that each writes
+    "saelens": r"cfg\.json|sae_weights\.safetensors|sparsity\.safetensors",
+    "safetensors": r"sae\.json|weights\.safetensors",
+    "neuronpedia": r"batch-\d+\.json|skipped_indexes\.json|run_settings\.json",
+}
+
+
+def export(sae: sae_utils.SAE, folder: str | Path, format: str, about: dict) -> Path:
+    """Writes the SAE into `folder` in one of EXPORTS, whole or not at all, and returns the folder.
+
+    `about` has run, its name; metrics, of its metrics.json; for neuronpedia also features (what features.npz holds)
+    and as_text (a token's text by its id). What the same run exported there before is replaced; a folder that holds
+    anything else is left alone. UserError there, and for what the format cannot hold.
+    """
+    if format not in EXPORTS:
+        raise UserError(f"there is no export format {format or '(none named)'}: FORMAT is {', '.join(EXPORTS)}.")
+    folder = sae_utils.resolve(folder)
+    before = replaceable(folder, EXPORTS[format], about["run"])
+    files = {"saelens": saelens_files, "safetensors": plain_files, "neuronpedia": neuronpedia_files}[format](sae, about)
+    files = itertools.chain([next(files)], files)  # what refuses does so before anything is made
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    new.mkdir(parents=True)
+    try:
+        for name, content in files:
+            if name.endswith(".json"):
+                sae_utils.write_json(new / name, content)
+            else:
+                (new / name).write_bytes(safetensors.torch.save({key: tensor.detach().cpu().float().contiguous() for key, tensor in content.items()}))
+        for file in before:
+            file.unlink()
+        if folder.is_dir():
+            folder.rmdir()
+        new.replace(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def replaceable(folder: Path, pattern: str, run: str) -> list[Path]:
+    """The files of an earlier export of the same run in the folder. UserError where it holds anything else."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{sae_utils.show_path(folder)} is a file: name another folder with OUT=.")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    other = [file.name for file in files if not (file.is_file() and re.fullmatch(pattern, file.name))]
+    owners = [re.search(r'"run": "([^"]*)"', file.read_text()) for file in files if file.name in ("cfg.json", "sae.json", "run_settings.json")]
+    if files and not other and [owner and owner[1] for owner in owners] != [run]:
+        other = ["another run's export"]
+    if other:
+        raise UserError(f"{sae_utils.show_path(folder)} holds {', '.join(other[:3])}: name an empty folder with OUT=, or empty this one.")
+    return files
+
+
+def folded(sae: sae_utils.SAE) -> dict[str, Tensor]:
+    """The SAE's tensors by name in float64, for raw activations: normalisation is in the weights, activations are the same.
+    UserError where each token has its own norm."""
+    if not sae.norm_scale:
+        raise UserError(
+            "this SAE normalises each token by its own norm (normalize: unit), which weights cannot hold: train it with `-p normalize scale` to export it, or use FORMAT=safetensors."
+        )
+    t = {name: tensor.detach().cpu().double() for name, tensor in sae.state_dict().items()}
+    mean, scale = sae.mean.cpu().double(), sae.norm_scale
+    t |= {"W_enc": t["W_enc"] / scale, "W_dec": t["W_dec"] * scale, "b_dec": t["b_dec"] * scale + mean}
+    if not sae.apply_b_dec_to_input:  # else the folded b_dec takes the mean away
+        shift = mean @ t["W_enc"]
+        t["b_enc"] = t["b_enc"] - shift
+        if "b_mag" in t:
+            t["b_mag"] = t["b_mag"] - t["r_mag"].exp() * shift
+    return t
+
+
+TRAINING = ("n_activations", "held_out_fraction", "normalize", "k", "l1_coeff", "l0_weight", "batch_size", "lr", "epochs", "seed", "chat")
+
+
+def saelens_files(sae: sae_utils.SAE, about: dict):
+    """Yields (name, content) of a folder that SAELens 6 loads with SAE.load_from_disk."""
+    kind = {"relu": "standard", "topk": "topk", "gated": "gated"}.get(sae.architecture, "jumprelu")
+    tensors, config, metrics = folded(sae), sae.config, about.get("metrics", {})
+    names = FORMATS["saelens"].tensors[kind]
+    data = metrics.get("data", {})
+    metadata = {
+        "sae_lens_version": "6.54.12",  # whose layout this is; without it SAELens takes the folder for one of before 6.0
+        "sae_lens_training_version": None, "model_name": config.get("model_name"), "hook_name": config.get("hook_name"),
+        "model_class_name": "AutoModelForCausalLM", "context_size": config.get("seq_len") or None, "prepend_bos": data["bos_tokens"] > 0 if "bos_tokens" in data else None,
+        "dataset_path": config.get("dataset_name"), "exclude_special_tokens": True, "training_architecture": sae.architecture,
+        "training_settings": {name: config[name] for name in TRAINING if name in config}, "trained_on_rows": metrics.get("train_rows"),
+        "run": about["run"], "l0": metrics.get("l0"), "fvu": metrics.get("fvu"), "num_dead_features": round(metrics["dead"] * sae.d_sae) if "dead" in metrics else None,
+    }  # fmt: skip
+    topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
+    yield "cfg.json", {
+        "architecture": kind, "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": sae.apply_b_dec_to_input,
+        "normalize_activations": "none", "reshape_activations": "none", **topk, "metadata": {name: value for name, value in metadata.items() if value is not None},
+    }  # fmt: skip
+    yield "sae_weights.safetensors", {theirs: tensors[name] for name, theirs in names.items()}
+    yield "sparsity.safetensors", {"sparsity": torch.log10(sae.density.cpu().double() + NEVER)}
+
+
+def plain_files(sae: sae_utils.SAE, about: dict):
+    """Yields (name, content): the tensors as they are, and whatever is no tensor."""
+    shape = {"architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "apply_b_dec_to_input": sae.apply_b_dec_to_input}
+    figures = {name: about.get("metrics", {}).get(name) for name in ("fvu", "l0", "dead", "ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl")}
+    encode = "acts = f((x - mean) / norm_scale @ W_enc + b_enc), x_hat = (acts @ W_dec + b_dec) * norm_scale + mean; norm_scale 0: each token's own norm"
+    yield "sae.json", {"run": about["run"], "formula": encode, **shape, "norm_scale": sae.norm_scale, "figures": figures, "config": sae.config}
+    yield "weights.safetensors", {**sae.state_dict(), "mean": sae.mean, "density": sae.density, "max_act": sae.max_act}
+
+
+def neuronpedia_files(sae: sae_utils.SAE, about: dict, at_a_time: int = 128):
+    """Yields (name, content) of the files that SAEDashboard's NeuronpediaRunner writes, with its names of fields, and that
+    Neuronpedia's uploader takes. Counts in a histogram are estimates: shares of the sample that features.npz kept."""
+    if "features" not in about:
+        raise UserError(f"{about['run']} has no features.npz: FORMAT=neuronpedia is made of it.")
+    found, text, config, metrics = about["features"], about["as_text"], sae.config, about.get("metrics", {})
+    rows, live = metrics.get("rows", 0), np.flatnonzero(np.asarray(found["density"]) > 0)
+    head = {"model_id": Path(str(config.get("model_name"))).name, "layer": config.get("layer"), "sae_set": about["run"], "sae_id_suffix": None}
+    data = {"n_prompts_total": metrics.get("data", {}).get("windows", 0), "n_tokens_in_prompt": config.get("seq_len", 0), "dataset": config.get("dataset_name", "")}
+    middle, n_top = found["tokens"].shape[2] // 2, found["top_rows"].shape[1]
+
+    def activation(latent: int, place: int, bounds: dict) -> dict:
+        kept = found["tokens"][latent, place] >= 0
+        values = [round(float(value), 3) for value in found["acts"][latent, place][kept]]
+        return {**bounds, "tokens": [str(text(int(t))) for t in found["tokens"][latent, place][kept]], "values": values, "qualifying_token_index": int(kept[:middle].sum())}
+
+    def feature(latent: int) -> dict:
+        highest, bars, deciles = float(max(found["max_act"][latent], found["top_values"][latent, 0])), found["histogram"][latent], found["decile_values"][latent]
+        starts = [float(decile[0]) for decile in deciles if decile[0] > 0]
+        places = [activation(latent, place, {"bin_min": -1, "bin_max": 99, "bin_contains": -1}) for place in range(n_top) if found["top_rows"][latent, place] >= 0]
+        of_decile = [i for i in range(len(deciles)) if deciles[i][0] > 0]
+        places += [activation(latent, n_top + i, {"bin_min": start, "bin_max": end, "bin_contains": 0.1}) for i, start, end in zip(of_decile, starts, [*starts[1:], highest], strict=True)]
+        listed = {f"{kind}_{part}": [] for kind in ("neuron_alignment", "correlated_neurons", "correlated_features") for part in ("indices", "l1")}
+        listed |= {"neuron_alignment_values": [], "correlated_neurons_pearson": [], "correlated_features_pearson": []}
+        return {
+            "feature_index": latent, **listed,
+            "neg_str": [str(text(int(t))) for t in found["suppressed"][latent]], "neg_values": [round(float(v), 3) for v in found["suppressed_by"][latent]],
+            "pos_str": [str(text(int(t))) for t in found["promoted"][latent]], "pos_values": [round(float(v), 3) for v in found["promoted_by"][latent]],
+            "frac_nonzero": float(found["density"][latent]),
+            "freq_hist_data_bar_values": [round(highest * (i + 0.5) / len(bars), 3) for i in range(len(bars))],
+            "freq_hist_data_bar_heights": [round(float(bar) * float(found["density"][latent]) * rows) for bar in bars],
+            "logits_hist_data_bar_heights": [], "logits_hist_data_bar_values": [], **data, "decoder_weights_dist": [], "activations": places, "vector": [],
+        }  # fmt: skip
+
+    yield "run_settings.json", {"run": about["run"], **head, "sae_path": config.get("source", ""), "huggingface_dataset_path": data["dataset"], "n_features_at_a_time": at_a_time, **data}
+    yield "skipped_indexes.json", {**{name: head[name] for name in ("model_id", "sae_set")}, "layer": str(head["layer"]), "log_sparsity": -10, "skipped_indexes": sorted({*range(sae.d_sae)} - {*live.tolist()})}
+    for number, part in enumerate(np.split(live, range(at_a_time, len(live), at_a_time))):
+        yield f"batch-{number}.json", {**head, "features": [feature(int(latent)) for latent in part]}

@@ -17,7 +17,6 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiment
-import formats
 import sae_utils as u
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -81,7 +80,7 @@ def test_an_sae_that_is_trained_already_is_looked_at_and_left_as_it_is(folder, c
     text = f"-p dataset_name {folder}/text.jsonl -p n_activations 1500 -p seq_len 16 -p normalize scale"
     own = experiment.launch("sae_training", f"-p model_name {folder}/model -p layer 1 -p run_dir {folder}/runs/own -p epochs 3 -p architecture jumprelu -p k 6 {text}".split())
     exported = folder / "elsewhere"
-    formats.export(u.SAE.load(own / "sae.pth"), exported, "saelens", u.SAE.load(own / "sae.pth").config)
+    assert experiment.main(["export", str(own), "saelens", str(exported)]) == 0
     for name, source in (("again", own / "sae.pth"), ("other", exported)):
         flags = f"-p run_dir {folder}/runs/{name} {text}".split()
         assert experiment.main(["features", str(source), *flags]) == 0, capfd.readouterr().err
