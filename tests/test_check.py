@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -11,7 +12,7 @@ import test_activations
 import tokenizers
 import torch
 import transformers
-from conftest import WORDS, gpt2, training_params, word_tokenizer
+from conftest import ROOT, WORDS, gpt2, training_params, word_tokenizer
 from test_families import FAMILIES, NORMS, hook_of, tiny
 
 import budget
@@ -154,6 +155,12 @@ def test_from_the_command_line(folder, capsys):
     assert experiment.main(["check", *flags.split(), "-p", "layer", "7"]) == 2
     captured = capsys.readouterr()
     assert captured.err.endswith("layer 7: to do, as the lines say: hook.\n") and "TO DO" in captured.out
+
+
+def test_the_job_and_its_words():
+    plan = ["make", "-n", "-o", ".venv/.ready", "check", "MODEL=a/b", "LAYER=6", "DATASET=c/d", "PARAMS=params/tiny.yaml", "P=-p chat true"]
+    line = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"experiment.py check -f params/tiny.yaml +-p model_name 'a/b' -p dataset_name 'c/d' +-p layer '6' +-p chat true", line)
 
 
 def unsteady(module_name):

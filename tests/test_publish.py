@@ -2,12 +2,13 @@
 
 import json
 import re
+import subprocess
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
-from conftest import gemma, sentences, word_tokenizer
+from conftest import ROOT, gemma, sentences, word_tokenizer
 
 import experiment
 import formats
@@ -169,3 +170,14 @@ def test_a_name_that_is_none(repo, run, hub, capsys):
 
 def test_a_run_that_is_not_there(capsys):
     assert experiment.main(["publish", "runs/nowhere", "user/name"]) == 2 and "there is no run runs/nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [([], ["saelens"]), (["DRY_RUN=1"], ["saelens", "dry"]), (["PRIVATE=0", "FORMAT=safetensors"], ["safetensors", "public"]), (["DRY_RUN=0", "PRIVATE=1"], ["saelens"])],
+)
+def test_the_job_and_its_words(given, words):
+    plan = ["make", "-n", "-o", ".venv/.ready", "publish", "RUN=x", "REPO=a/b", *given]
+    line = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.sub(r"[\\'\s]+", " ", line).split()[2:] == ["publish", "runs/x", "a/b", *words]
+    assert subprocess.run(plan[:-1 - len(given)], cwd=ROOT, capture_output=True, check=False).returncode == 2  # without REPO
