@@ -169,6 +169,16 @@ smoke: $(READY) ## only the notebooks, on a smaller world, in two minutes
 test-real: $(READY) ## what matters on a real model, in some minutes: MODEL=path LAYER=n [DATASET=]
 	$(if $(and $(MODEL),$(LAYER)),,$(error say which: make test-real MODEL=path LAYER=n))HF_HUB_OFFLINE=1 MODEL='$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL))' LAYER='$(LAYER)' DATASET='$(DATASET)' $(PY) -m pytest -q tests/real.py
 
+# The referees' own environment: torch as pinned, then they; torchvision's build need not match torch's, and nothing here uses it.
+.PHONY: test-interop
+test-interop: tiny-model ## files of sae-lens, dictionary-learning and eai-sparsify read here, ours read there, and SAELens's figures beside ours: [RUN=name, a run with normalize: scale]
+	$(if $(RUN),,$(LAUNCH) sae_training -f params/tiny.yaml -p normalize scale -p n_activations 100000 -p epochs 2 -p run_dir runs/interop)
+	@test -x .venv-interop/bin/python || { $(PYTHON) -m venv .venv-interop && .venv-interop/bin/pip install --quiet $$(grep '^torch==' requirements.txt); }
+	.venv-interop/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens dictionary-learning eai-sparsify pytest
+	.venv-interop/bin/pip install --quiet --no-deps sae-dashboard
+	.venv-interop/bin/pip uninstall --quiet --yes torchvision
+	RUN='$(or $(RUN),interop)' .venv-interop/bin/python -m pytest -q -s tests/interop.py
+
 PART ?=
 .PHONY: bench bench-peers
 bench-peers: ## the same training step in SAELens and dictionary_learning, in an environment of its own [PART=peers-run MODEL= DATASET= LAYER=: harvest and cross-entropies]
