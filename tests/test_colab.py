@@ -15,11 +15,9 @@ import colab
 NOTEBOOKS = [json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text()) for name in ("sae_training", "patch_neurons")]
 FIRST = [[cell for cell in notebook["cells"] if cell["cell_type"] == "code"][0] for notebook in NOTEBOOKS]
 CELLS = ["".join(cell["source"]) for cell in FIRST if "colab" in cell["metadata"].get("tags", [])]
-with_cell = pytest.mark.skipif(not CELLS, reason="the notebooks have no such cell yet")
 WHERE = {"colab": "sys.modules['google.colab'] = 0", "kaggle": "os.environ['KAGGLE_KERNEL_RUN_TYPE'] = 'Interactive'", "home": ""}
 
 
-@with_cell
 def test_both_notebooks_have_the_same_short_cell():
     assert len(CELLS) == 2 and CELLS[0] == CELLS[1] and CELLS[0].count("\n") < 8 and CELLS[0].count("REPOSITORY = ") == 1
 
@@ -55,7 +53,6 @@ def away(tmp_path):
     return run
 
 
-@with_cell
 @pytest.mark.parametrize("where", ["colab", "kaggle"])
 def test_away_from_home_it_fetches_modules_and_packages(where, away):
     """Run twice in a session, it does it once; run in another session, it keeps what was fetched."""
@@ -72,20 +69,17 @@ def test_away_from_home_it_fetches_modules_and_packages(where, away):
     assert (fetched / "runs").exists() and len(asked) == 2 and json.loads(out.splitlines()[-1])[0] == str(fetched / "notebooks")
 
 
-@with_cell
 def test_at_home_it_does_nothing(away):
     """Neither in an empty folder nor in the notebooks' own; it imports nothing."""
     out, asked, errors = away("home", more="assert set(sys.modules) == before, set(sys.modules) - before")
     assert json.loads(out.splitlines()[-1])[0] == str(away.here) and not asked and not errors and not list(away.here.iterdir())
 
 
-@with_cell
 def test_without_an_address_it_says_what_to_do(away):
     out, asked, errors = away("colab", address="")
     assert not out and not asked and "AssertionError: set REPOSITORY" in errors and not list(away.here.iterdir())
 
 
-@with_cell
 def test_a_repository_that_is_not_there_stops_it(away):
     out, asked, errors = away("colab", address=f"file://{away.here}/nowhere")
     assert not out and not asked and "AssertionError: it could not be fetched" in errors

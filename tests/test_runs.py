@@ -39,7 +39,7 @@ def test_committed_notebooks_are_stripped_and_executable(path):
 
 def test_make_knows_its_jobs():
     help_text = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for job in "setup lab demo activations train features patch labels sweep tensorboard test test-browser smoke bench bench-peers clean".split():
+    for job in "setup lab demo activations check train features patch export publish labels sweep tensorboard test test-browser smoke bench bench-peers test-interop clean".split():
         assert f"make {job}" in help_text
     plan = ["make", "-n", "-o", ".venv/.ready", "sweep", "LAYERS=1 2", "L1S=1e-4 3e-4", "SWEEP=try", "P=-p epochs 3"]
     lines = [line for line in subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines() if "run_dir" in line]
