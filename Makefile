@@ -84,13 +84,25 @@ demo: tiny-model ## tiny model -> SAE -> report -> patched generation, in a few 
 	@echo "executed notebooks   runs/demo/sae_training.ipynb, runs/demo/patches/demo/patch_neurons.ipynb"
 	@echo "metrics              runs/demo/metrics.json, runs/demo/patches/demo/patching.json"
 
+.PHONY: check
+check: $(READY) ## whether a model will do, before its weights are fetched: MODEL=id-or-folder LAYER=n [DATASET=] [PARAMS=file] [P=]
+	$(LAUNCH) check $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
+
 .PHONY: train
 train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED=] [RUN=] [P="-p name value"]
 	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
 
-.PHONY: patch
-patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]
-	$(if $(RUN),,$(error say which run to patch: make patch RUN=name))$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(RUN)' $(P)
+# An SAE that is trained already is looked at first, on 200,000 rows of text, as a run named after it.
+SAE ?=
+SAE_RUN = $(or $(RUN),$(notdir $(patsubst %/,%,$(SAE))))
+FEATURES = $(LAUNCH) features '$(SAE)' -p n_activations 200000 $(NAMED) -p run_dir 'runs/$(SAE_RUN)'
+.PHONY: features patch
+features: $(READY) ## look at an SAE from elsewhere as at one's own: SAE=path or hub id [MODEL=] [DATASET=] [LAYER=] [RUN=] [PARAMS=file] [P=]
+	$(if $(SAE),,$(error say which SAE: make features SAE=path))$(FEATURES) $(if $(PARAMS),-f $(PARAMS)) $(P)
+
+patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]; or of SAE=path [MODEL=] [DATASET=], which `make features` looks at first
+	$(if $(RUN)$(SAE),,$(error say which run to patch: make patch RUN=name))$(if $(SAE),$(FEATURES))
+	$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(or $(RUN),$(SAE_RUN))' $(P)
 
 .PHONY: labels
 labels: $(READY) ## put the names in a run's labels.csv on its features.html: RUN=name
@@ -99,6 +111,11 @@ labels: $(READY) ## put the names in a run's labels.csv on its features.html: RU
 .PHONY: export
 export: $(READY) ## write a run's SAE for other tools: RUN=name FORMAT=saelens (or safetensors, neuronpedia) [OUT=folder]
 	$(if $(RUN),,$(error say which run: make export RUN=name FORMAT=saelens))$(LAUNCH) export 'runs/$(RUN)' '$(FORMAT)' $(if $(OUT),'$(OUT)')
+
+.PHONY: publish
+publish: $(READY) ## push a run's SAE to the Hugging Face hub with a model card: RUN=name REPO=user/name [FORMAT=safetensors] [PRIVATE=0] [DRY_RUN=1: only runs/<name>/export/publish]
+	$(if $(and $(RUN),$(REPO)),,$(error say which run and where to: make publish RUN=name REPO=user/name))$(LAUNCH) publish 'runs/$(RUN)' '$(REPO)' '$(or $(FORMAT),saelens)' \
+	  $(if $(filter-out 0,$(DRY_RUN)),dry) $(if $(filter 0,$(PRIVATE)),public)
 
 LAYERS ?= 6
 ACTIVATIONS = $(LAUNCH) activations '$(LAYERS)' $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)

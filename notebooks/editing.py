@@ -255,7 +255,8 @@ class TokenTracker:
     def cache_among(self, given: dict):
         """The KV cache among the arguments, whatever its name, or None. An object of unknown kind may be one."""
         plain = (Tensor, bool, int, float, str, type(None))
-        objects = {name: value for name, value in given.items() if name != "attention_mask" and not isinstance(value, plain)}
+        nothing = lambda value: isinstance(value, plain) or (isinstance(value, dict) and not value)  # {}: no image
+        objects = {name: value for name, value in given.items() if name != "attention_mask" and not nothing(value)}
         for name, value in objects.items():
             if not hasattr(value, "get_seq_length"):
                 raise refusal(f"the argument {name} is a {type(value).__name__}, which may say where tokens stand", "leave it out, or pass a Cache")

@@ -3,7 +3,7 @@
     python notebooks/experiment.py NOTEBOOK [papermill flags]
 
 is what `make train` and `make patch` call (in place of a notebook, `activations "2 6 10"` harvests
-those layers, `labels RUN` writes a run's features.html anew, and `export RUN FORMAT [FOLDER]` its SAE for other tools). papermill executes whatever it is given and writes over
+those layers; JOBS has this one and the others). papermill executes whatever it is given and writes over
 what is there; so parameters are checked and the run's folder is looked at first, in a second and
 with one sentence for a mistake. The notebooks make the same checks in their first cells.
 """
@@ -128,8 +128,8 @@ def run_folder(params: dict) -> tuple[Path, bool]:
 
     Raises UserError where the folder holds a run made with other parameters.
     """
-    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", *FREE})
-    name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", suffix)
+    suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "trained_sae", *FREE})
+    name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", Path(params["trained_sae"]).name, suffix)
     run_dir = sae_utils.resolve(params["run_dir"] or f"runs/{name}")
     if run_dir in [sae_utils.ROOT / "runs" / taken for taken in ("", "activations", "tiny-model", "tiny-world")]:
         raise sae_utils.UserError(f"{sae_utils.show_path(run_dir)} is kept for other things: choose another run name.")
@@ -369,6 +369,31 @@ def relabel(run_dir: str) -> Path:
     return page
 
 
+def judge(source: str, flags: list[str]) -> Path:
+    """`launch` of sae_training on an SAE that is trained already: where the flags do not say which model and layer, the
+    ones it was made for."""
+    import formats
+
+    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    made_for = formats.load(source, str(given.get("hook", "")).format(layer=given.get("layer", "")), another_hook=True).config
+    found = []
+    for name in {"model_name", "layer"} - {*given}:
+        if made_for[name] in ("", None):
+            raise sae_utils.UserError(f"{source} does not say which {name.removesuffix('_name')} it was made for: name it with {name.removesuffix('_name').upper()}=.")
+        found += ["-p", name, str(made_for[name])]
+    return launch("sae_training", ["-p", "trained_sae", source, *found, *flags])
+
+
+def check_model(flags: list[str]) -> None:
+    """Tries whether a model will do for a training run with these flags: a line for each check. UserError where one fails."""
+    import checking
+
+    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    if "layer" not in given:
+        raise sae_utils.UserError("say which layer: make check MODEL=id-or-folder LAYER=n.")
+    checking.check(check_params("sae_training", given))
+
+
 def export(run_dir: str, format: str, out: str = "") -> Path:
     """Writes a finished run's SAE for other tools, into `out` or the run's export/<format>."""
     import formats
@@ -381,6 +406,23 @@ def export(run_dir: str, format: str, out: str = "") -> Path:
     written = formats.export(sae, out or folder / "export" / format, format, about)
     print(f"{sae_utils.show_path(written)}: {', '.join(sorted(file.name for file in written.iterdir())[:4])}")
     return written
+
+
+def publish(run_dir: str, repo: str, format: str = "saelens", *words: str) -> Path:
+    """Exports a finished run and pushes it to `repo` on the hub with a model card; `words`: dry, public."""
+    import publishing
+
+    return publishing.publish(finished_run(run_dir), export(run_dir, format), repo, dry_run="dry" in words, private="public" not in words)
+
+
+JOBS = {  # what a first word that is no notebook does
+    "activations": lambda layers, *flags: harvest_layers(layers, [*flags]),  # LAYERS: their rows, in one pass
+    "labels": relabel,  # RUN: its features.html anew
+    "features": lambda source, *flags: judge(source, [*flags]),  # SAE: looked at as our own is
+    "check": lambda *flags: check_model([*flags]),  # whether a model will do
+    "export": export,  # RUN FORMAT [FOLDER]: its SAE for other tools
+    "publish": publish,  # RUN REPO [FORMAT] [dry] [public]: that on the hub, with a card
+}
 
 
 def readable(record: logging.LogRecord) -> bool:
@@ -400,14 +442,8 @@ def main(args: list[str]) -> int:
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").addFilter(readable)
     try:
-        if args[0] == "activations":
-            harvest_layers(args[1], args[2:])
-        elif args[0] == "labels":
-            relabel(args[1])
-        elif args[0] == "export":
-            export(*args[1:])
-        else:
-            launch(args[0], args[1:])
+        job, words = JOBS.get(args[0]), args[1:]
+        job(*words) if job else launch(args[0], words)
     except sae_utils.UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -109,11 +109,11 @@ def kmeans(activations: Tensor, index: Tensor, k: int, seed: int, most: int = 20
 
 
 @torch.no_grad()
-def untrained(sae: sae_utils.SAE, activations: Tensor, index: Tensor, l0: float, seed: int, most: int = 4096) -> sae_utils.SAE:
-    """An SAE of the same shape with random directions, whose threshold leaves as many latents active
+def untrained(sae: sae_utils.SAE, mean: Tensor, activations: Tensor, index: Tensor, l0: float, seed: int, most: int = 4096) -> sae_utils.SAE:
+    """An SAE of the same shape with random directions, about `mean` (d_in), whose threshold leaves as many latents active
     and whose decoder is scaled to fit the rows `index` (at most `most` of them) best."""
     fresh = sae_utils.SAE(sae.d_in, sae.d_sae, seed=seed, architecture="batchtopk", norm_scale=sae.norm_scale).requires_grad_(False)
-    fresh.mean.copy_(sae.mean)
+    fresh.mean.copy_(mean)
     fresh.to(sae.W_enc.device)
     x_unit, _ = fresh.normalise(activations[index[:: -(-len(index) // most)]].to(sae.W_enc.device))
     pre_acts = x_unit @ fresh.W_enc

@@ -280,6 +280,15 @@ def load(source: str, hook: str = "", device: str = "cpu", *, another_hook: bool
     return sae.to(device).eval().requires_grad_(False)
 
 
+def doubts(sae: sae_utils.SAE, model_name: str) -> list[str]:
+    """What a reader of figures should know of an SAE that `load` gave, looked at on the model `model_name`: a sentence each."""
+    made_for, last = sae.config["model_name"], lambda name: name.rstrip("/").rpartition("/")[2]
+    said = [f"{sae.config['source']} was made for {made_for} and is looked at on {model_name}."] if made_for and last(made_for) != last(model_name) else []
+    said += [f"it was made for {sae.config['made_for']}, and reads {sae.config['hook_name']} because that was asked for."] if "made_for" in sae.config else []
+    said += [sae.config["notice"]] if "notice" in sae.config else []
+    return said
+
+
 def opened(source: str) -> tuple[str, Callable[[str], Path | None]]:
     """(the source without its revision, a function that gives the file of a name in it, or None)."""
     local = sae_utils.resolve(source)

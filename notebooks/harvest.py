@@ -60,7 +60,7 @@ class Text:
         return join_articles(values) if self.articles else values
 
 
-def open_text(params: dict) -> Text:
+def open_text(params: dict, streamed_from: int = STREAMED_FROM) -> Text:
     """The text that the parameters name: rows of .jsonl or .parquet files, whole .txt files, a folder
     of either, or a `datasets` id.
 
@@ -89,7 +89,7 @@ def open_text(params: dict) -> Text:
             columns, identity = columns_of(files[0]), [files[0].suffix.lower(), digest_of_files(files)]
             places = partial(values_of_files, files, column)
         else:
-            columns, identity, places = hub_text(source, params)
+            columns, identity, places = hub_text(source, params, streamed_from)
         if columns and column not in columns:
             raise UserError(f"dataset {name} has no column {column}; it has: {', '.join(columns)}.")
         values = lambda: checked(places())
@@ -114,10 +114,10 @@ def encodable(value) -> bool:
     return True
 
 
-def hub_text(source: str, params: dict) -> tuple[list[str], list, object]:
+def hub_text(source: str, params: dict, streamed_from: int = STREAMED_FROM) -> tuple[list[str], list, object]:
     """(columns, identity, () -> iterator over (where, value, "")) of a text on the Hugging Face hub.
 
-    It is streamed where it is not on this disk and where the hub says that it is larger than STREAMED_FROM and
+    It is streamed where it is not on this disk and where the hub says that it is larger than `streamed_from` and
     than BYTES_PER_ROW for each row wanted, or does not say; else it is fetched whole, in its own order, and
     needs no network the next time. Neighbours in a terabyte are often alike, so a stream's rows pass
     through a buffer that shuffles them, the same way each time; but for WikiText, whose rows belong together. `identity`, of the commit, says so, as the rows are then others.
@@ -132,7 +132,7 @@ def hub_text(source: str, params: dict) -> tuple[list[str], list, object]:
     if not builder.hash:
         raise UserError(f"the commit of dataset {source} cannot be told (datasets {datasets.__version__}): load it once, save it as a .jsonl file and name that.")
     size = (getattr((builder.info.splits or {}).get(split), "num_bytes", 0) or math.inf) if re.fullmatch(r"[\w.-]+", split) else 0  # a slice is not streamed
-    streaming = not Path(builder.cache_dir).exists() and size > max(STREAMED_FROM, BYTES_PER_ROW * params["n_activations"])
+    streaming = not Path(builder.cache_dir).exists() and size > max(streamed_from, BYTES_PER_ROW * params["n_activations"])
     rows = datasets.load_dataset(source, split=split, streaming=streaming, **which)
     columns = rows.column_names or list(next(iter(rows), {}))
     mixed = streaming and "wikitext" not in source.lower()

@@ -161,7 +161,9 @@ class Report:
         self.y -= 1.6 * size / 72
 
     def drawings(self, title: str, drawings: dict, **shares: float) -> None:
-        """A page of figures from top to bottom: those of `drawings` (functions of a figure) that `shares` names, each with its share of the height."""
+        """A page of figures from top to bottom: those of `drawings` (functions of a figure) that `shares` names, each with its share of the height.
+        What was not drawn, such as the curves of a training that there was not, is left out."""
+        shares = {name: share for name, share in shares.items() if name in drawings}
         self.end()
         self.fig = plt.figure(figsize=A4, layout="constrained")
         self.fig.get_layout_engine().set(rect=(0.07, 0.06, 0.86, 0.86), hspace=0.04)

@@ -23,6 +23,11 @@ from sae_utils import nonzero_flat
 # PART=training` prints both around it.
 SPARSE_BELOW = 0.08
 CHECKPOINT_VERSION = 2
+# Parameters of sae_training.ipynb that do nothing where an SAE is given that is trained already.
+SETTINGS = {
+    "architecture", "k", "auxk_weight", "dead_after", "expansion", "normalize", "apply_b_dec_to_input", "l1_coeff", "l0_weight", "batch_size",
+    "lr", "warmup_steps", "lr_min_ratio", "lr_decay_fraction", "epochs", "early_stop_epochs", "checkpoint_minutes",
+}  # fmt: skip
 FIRST_K = 3.0  # how many times k latents are kept in the first step, where k is let fall
 THRESHOLD_DECAY = 0.99  # of the running mean of the smallest activation that a batch keeps
 

@@ -325,7 +325,7 @@ def test_what_watches_does_not_judge(fresh_seed):
 def test_the_untrained_sae_has_the_l0_and_the_best_scale(norm_scale, sae):
     sae.norm_scale = norm_scale
     x = torch.randn(3000, 16) * 2 + sae.mean
-    fresh = fidelity.untrained(sae, x, torch.arange(3000), l0=7.3, seed=5)
+    fresh = fidelity.untrained(sae, sae.mean, x, torch.arange(3000), l0=7.3, seed=5)
     acts = fresh.encode(x[:1500])
     assert fresh.d_sae == sae.d_sae and (acts > 0).sum(1).float().mean().item() == pytest.approx(7.3, rel=0.03)
     x_unit = fresh.normalise(x)[0]

@@ -17,6 +17,7 @@ from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiment
+import sae_utils as u
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -38,7 +39,7 @@ def test_committed_notebooks_are_stripped_and_executable(path):
 
 def test_make_knows_its_jobs():
     help_text = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for job in "setup lab demo activations train patch labels sweep tensorboard test test-browser smoke bench bench-peers clean".split():
+    for job in "setup lab demo activations check train features patch export publish labels sweep tensorboard test test-browser smoke bench bench-peers test-interop clean".split():
         assert f"make {job}" in help_text
     plan = ["make", "-n", "-o", ".venv/.ready", "sweep", "LAYERS=1 2", "L1S=1e-4 3e-4", "SWEEP=try", "P=-p epochs 3"]
     lines = [line for line in subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines() if "run_dir" in line]
@@ -73,6 +74,29 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 8
     leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not leaks
+
+
+def test_an_sae_that_is_trained_already_is_looked_at_and_left_as_it_is(folder, capfd):
+    text = f"-p dataset_name {folder}/text.jsonl -p n_activations 1500 -p seq_len 16 -p normalize scale"
+    own = experiment.launch("sae_training", f"-p model_name {folder}/model -p layer 1 -p run_dir {folder}/runs/own -p epochs 3 -p architecture jumprelu -p k 6 {text}".split())
+    exported = folder / "elsewhere"
+    assert experiment.main(["export", str(own), "saelens", str(exported)]) == 0
+    for name, source in (("again", own / "sae.pth"), ("other", exported)):
+        flags = f"-p run_dir {folder}/runs/{name} {text}".split()
+        assert experiment.main(["features", str(source), *flags]) == 0, capfd.readouterr().err
+        judged = folder / "runs" / name
+        metrics, before = read(judged / "metrics.json"), read(own / "metrics.json")
+        assert read(judged / "params.json")["parameters"]["layer"] == 1  # as the SAE says
+        assert metrics["steps"] == metrics["epochs"] == 0 and metrics["doctor"] == []
+        assert not {"history.csv", "checkpoint.pth"} & {path.name for path in judged.iterdir()} and (judged / ".done").exists()
+        for figure in ("fvu", "l0", "dead", "ce_clean", "ce_spliced", "kl", "norm_ratio"):
+            assert metrics[figure] == pytest.approx(before[figure], rel=1e-4, abs=1e-6), figure
+        for arm in ("kmeans", "pca", "untrained"):
+            assert metrics["fidelity"][arm]["fvu"][0] == pytest.approx(before["fidelity"][arm]["fvu"][0], rel=1e-4), arm
+        assert torch.allclose(u.SAE.load(judged / "sae.pth").density, u.SAE.load(own / "sae.pth").density)
+        assert (judged / "features.html").exists() and "lr:" not in (judged / "sae_training.ipynb").read_text().partition("report.pdf")[2]
+    assert experiment.main(["features", str(exported), *flags, "-p", "layer", "2", "-p", "run_dir", f"{folder}/runs/wrong"]) == 2
+    assert "is not in layer 2: set layer to its own" in capfd.readouterr().err and not (folder / "runs" / "wrong").exists()
 
 
 def launch_and_kill(flags, checkpoint, wait):
