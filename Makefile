@@ -14,7 +14,7 @@ LAUNCH := $(PY) notebooks/experiment.py
 PARAMS ?=
 P ?=
 NAMED = $(if $(MODEL),-p model_name '$(MODEL)') $(if $(DATASET),-p dataset_name '$(DATASET)') \
-	$(if $(LAYER),-p layer '$(LAYER)') $(if $(SEED),-p seed '$(SEED)') $(if $(RUN),-p run_dir 'runs/$(RUN)')
+	$(if $(LAYER),-p layer '$(LAYER)') $(if $(HOOK),-p hook '$(HOOK)') $(if $(SEED),-p seed '$(SEED)') $(if $(RUN),-p run_dir 'runs/$(RUN)')
 
 # Half of the logical cores, shared among the jobs of make -j: torch's own default, all of them, collapses
 # as soon as anything else runs.
