@@ -430,7 +430,7 @@ class ReLU:
 class TopK(ReLU):
     """The k largest of each token (Gao et al. 2024).
 
-    Adam's settings are those that did best of some 30 tried on one layer of a real model (README, "Recipes"): a decoder four
+    Adam's settings are those that did best of some 30 tried on one layer of a real model (tests/README.md, "Recipes"): a decoder four
     times as fast as the encoder, slow biases. A latent that fires a few times a batch has gradients of about the usual eps.
     """
 
@@ -659,7 +659,7 @@ class SAE(nn.Module):
     def fit_scale(self, x_unit: Tensor, share: float = 0.5) -> float:
         """Multiplies W_enc, and a threshold, by `share` of the number that makes the first reconstruction of x_unit (n, d_in)
         fit best, and returns the factor. Before training only: of ReLU, the transpose as it is gives d_sae / (2 d_in) times
-        too much. Half, since from there fewer latents die and more known directions are found (README)."""
+        too much. Half, since from there fewer latents die and more known directions are found (tests/README.md)."""
         acts = self.rule.train(self, self.pre_acts(x_unit))
         x_unit_hat = acts @ self.W_dec
         scale = share * ((x_unit * x_unit_hat).sum() / x_unit_hat.square().sum().clamp_min(1e-12)).item()

@@ -1,6 +1,6 @@
 """A small run on a real model, and what matters there: `make test-real MODEL=path LAYER=n`, some minutes on two cores.
 
-Reads the model from MODEL and the text from DATASET, or else this repository's README; a model with a chat
+Reads the model from MODEL and the text from DATASET, or else this repository's three READMEs; a model with a chat
 template is asked through it as well.
 """
 
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     text = os.environ.get("DATASET")
     if not text:
         text = folder / "text.jsonl"
-        paragraphs = (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n")
+        paragraphs = "\n\n".join((ROOT / where / "README.md").read_text(encoding="utf-8") for where in ("", "notebooks", "tests")).split("\n\n")
         text.write_text("".join(json.dumps({"text": "\n\n".join(paragraphs[i : i + 3])}) + "\n" for i in range(0, len(paragraphs), 3)), encoding="utf-8")
     flags = f"-p model_name {name} -p layer {layer} -p dataset_name {text} -p n_activations 12000 -p architecture batchtopk -p k 32 -p normalize scale"
     flags += f" -p auxk_weight 0.03 -p dead_after 5000 -p epochs 8 -p eval_windows 24 -p expansion 2 -p seq_len 64 -p run_dir {folder}/run"
