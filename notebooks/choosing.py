@@ -3,7 +3,9 @@ without the half of the held-out text that tries it."""
 
 import math
 import re
+import statistics
 import unicodedata
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ LONGEST = 64  # tokens of a place's text: what is measured there is paid for by 
 LEAST_CERTAIN = 0.1  # the probability of the model's first choice at a place where an edit is tried
 ENOUGH = 4  # places on which a candidate is tried; those tried on fewer come last
 LEAST_F1 = 0.2  # below which a latent does not announce its word
+ROUNDING = 1e-3  # of log-odds, between batches of other sizes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,15 +116,16 @@ def announce_f1(sae: sae_utils.SAE, activations: Tensor, index: Tensor, next_tok
     Products of 0/1 matrices count how often a latent is on and the word follows; nothing larger than a chunk is held.
     """
     device = sae.W_enc.device
-    is_word, best = torch.tensor(words)[:, None], torch.zeros(len(words), sae.d_sae, device=device)
-    for share in (0.1, 0.25, 0.5):
-        both, fired, said = 0, 0, 0
-        for part in index.split(chunk):
-            on = (sae.encode(activations[part].to(device)) > share * sae.max_act).float()
-            follows = (next_token[part] == is_word).float().to(device)
-            both, fired, said = both + follows @ on, fired + on.sum(0), said + follows.sum(1, keepdim=True)
-        best = torch.maximum(best, 2 * both / (fired + said).clamp_min(1))
-    return best.cpu()
+    is_word, shares, said = torch.tensor(words)[:, None], (0.1, 0.25, 0.5), 0
+    both, fired = [0] * len(shares), [0] * len(shares)
+    for part in index.split(chunk):
+        acts = sae.encode(activations[part].to(device))
+        follows = (next_token[part] == is_word).float().to(device)
+        said = said + follows.sum(1, keepdim=True)
+        for i, share in enumerate(shares):
+            on = (acts > share * sae.max_act).float()
+            both[i], fired[i] = both[i] + follows @ on, fired[i] + on.sum(0)
+    return torch.stack([2 * b / (f + said).clamp_min(1) for b, f in zip(both, fired, strict=True)]).amax(0).cpu()
 
 
 def log_odds(logprobs: Tensor, tokens: int | list[int]) -> Tensor:
@@ -286,13 +290,52 @@ def check_topic(words: list, target_word: str) -> None:
 
 
 def topic_tokens(tokenizer, words: list[str]) -> list[int]:
-    """The tokens that are one of the words, with a space in front or without, capitalised or not. UserError where no
+    """The tokens that are one of the words: with a space in front, capitalised, or both; without either only in scripts
+    that put no space between words, since elsewhere such a token is mostly a piece of another word. UserError where no
     word is a single token."""
-    forms = dict.fromkeys(form for word in words for form in (f" {word}", word, f" {word.capitalize()}", word.capitalize()))
+    forms = dict.fromkeys(form for word in words for form in (f" {word}", f" {word.capitalize()}", word.capitalize(), *[word] * bool(UNSPACED.search(word))))
     ids = {ids[0] for ids in sae_utils.encode_text(tokenizer, list(forms)) if len(ids) == 1} - {tokenizer.unk_token_id}
     if not ids:
         raise UserError(f"topic_words: none of {', '.join(words)} is a single token for this model: name other words, or latents.")
     return sorted(ids)
+
+
+def odds_of_mean(probabilities: Tensor) -> float:
+    """ln(m / (1 - m)) of the mean m of probabilities (n,)."""
+    mean = probabilities.double().mean().clamp(1e-12, 1 - 1e-12).item()
+    return math.log(mean) - math.log1p(-mean)
+
+
+@contextmanager
+def listening(model, tokens: list[int]):
+    """While the context lasts, each call of `model` adds to the list that it yields, (batch,) in float64, the probability
+    that one of `tokens` follows the last column. Inside `editing.generate` that is once for each token that it chooses."""
+    heard = []
+
+    def note(module, args, output):
+        logits = output.logits[:, -1].float()
+        heard.append((logits[:, tokens].logsumexp(-1).double() - logits.logsumexp(-1).double()).exp().cpu())
+
+    handle = model.register_forward_hook(note)
+    try:
+        yield heard
+    finally:
+        handle.remove()
+
+
+def write(model, tokenizer, prompts: list[list[int]], tokens: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> tuple[list[list[int]], Tensor]:
+    """(texts, odds): what `editing.generate` writes after each of the prompts, and how much it is about a topic, (prompts,)
+    in float64: the log-odds of the mean probability, over the places where a token of the text or its end was chosen, that
+    one of `tokens` comes there. Probabilities are those of the model as it is, edits included."""
+    with listening(model, tokens) as heard:
+        texts = editing.generate(model, tokenizer, prompts, max_new_tokens, temperature, seed)
+    said = torch.stack(heard, 1)  # (prompts, steps); a text that has ended is led on by padding
+    return texts, torch.tensor([odds_of_mean(row[: len(text) + 1]) for row, text in zip(said, texts, strict=True)], dtype=torch.float64)
+
+
+def repeated(texts: list[list[int]]) -> float:
+    """Share of the texts' tokens that stand in their own text before."""
+    return 1 - sum(len(set(ids)) for ids in texts) / max(1, sum(map(len, texts)))
 
 
 def openings(rows, index: Tensor, n: int, length: int = 12) -> list[list[int]]:
@@ -347,36 +390,49 @@ def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index
 
 def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, tokens: list[int], pairs_of) -> list[dict]:
     """Latents of `pool` {latent: why} and what an edit of each, (patch, scope) `pairs_of([latent])`, does to a topic in
-    what the model has `written` after `prompts`, the best first: {latents, why, before, after}, the mean probability that
-    one of `tokens` comes next, without the edit and with it."""
+    what the model has `written` after `prompts`, the best first: {latents, why, change}, the mean change over the
+    texts of the log-odds of the mean probability that one of `tokens` comes next."""
     texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
     places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
-    said = lambda: torch.cat([row[:, tokens].double().exp().sum(1) for row in editing.logprobs_at(model, texts, places, prompts)]).mean().item()
-    before, found = said(), []
+    odds = lambda: statistics.mean(odds_of_mean(row[:, tokens].double().exp().sum(1)) for row in editing.logprobs_at(model, texts, places, prompts))
+    before, found = odds(), []
     for latent, why in pool.items():
         with editing.intervene(model, hook_name, sae, tokenizer, pairs_of([latent])):
-            found.append({"latents": [latent], "why": why, "before": before, "after": said()})
-    return sorted(found, key=lambda c: -c["after"])
+            found.append({"latents": [latent], "why": why, "change": odds() - before})
+    return sorted(found, key=lambda c: -c["change"])
 
 
-def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], arms: list[tuple], words: list[str], pairs_of, as_text, max_cost: float, at_once: int = 96) -> list[dict]:
-    """What edits make the model write after `prompts`, as many tokens as it has `written` by itself, the best first:
-    {latents, strength, said, of, count, cost} for each of `arms` (latents, strength), whose (patch, scope) pairs are
-    `pairs_of(latents, strength)`.
+def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, arms: list[tuple], tokens: list[int], pairs_of, dear, at_once: int = 96) -> list[dict]:
+    """What edits make the model write after `prompts`, as many tokens as by itself, `own` as `write` gives it, the best
+    first: {latents, strength, change, rise, of, cost, repeats} for each of `arms` (latents, strength), whose (patch, scope)
+    pairs are `pairs_of(latents, strength)`.
 
-    said: continuations in which one of `words` stands; count: how many of them stand there in all; cost: nats per token
-    by which the text surprises the unpatched model more than its own does. Those that cost more than `max_cost` come last.
+    change: of the texts' log-odds (`write`), their mean; rise: texts whose log-odds rise; cost: nats per token by which
+    the text surprises the unpatched model more than its own does; repeats: by how much the share of tokens that a
+    text `repeated` grows. Those of which `dear(cost, repeats)` is true come last.
     """
+    written, before = own
     if not any(written):
         raise UserError("the model writes nothing after the openings of this text: no topic can be brought into it.")
-    new, own, found = max(map(len, written)), editing.surprise(model, prompts, written), []
+    new, unedited, found = max(map(len, written)), editing.surprise(model, prompts, written), []
     size = max(1, at_once // len(prompts))
     for group in (arms[i : i + size] for i in range(0, len(arms), size)):
         with editing.intervene(model, hook_name, sae, tokenizer, editing.together([pairs_of(*arm) for arm in group])):
-            texts = editing.generate(model, tokenizer, prompts * len(group), new)
+            texts, odds = write(model, tokenizer, prompts * len(group), tokens, new)
         for i, (latents, strength) in enumerate(group):
-            arm = texts[i * len(prompts) : (i + 1) * len(prompts)]
-            counts = [count_words(as_text(ids), words) for ids in arm]
-            cost = editing.surprise(model, prompts, arm) - own
-            found.append({"latents": latents, "strength": strength, "said": sum(n > 0 for n in counts), "of": len(prompts), "count": sum(counts), "cost": cost})
-    return sorted(found, key=lambda c: (c["cost"] > max_cost, -c["said"], -c["count"], c["cost"]))
+            part = slice(i * len(prompts), (i + 1) * len(prompts))
+            change, cost = odds[part] - before, editing.surprise(model, prompts, texts[part]) - unedited
+            found.append({"latents": latents, "strength": strength, "change": change.mean().item(), "rise": int((change > ROUNDING).sum()), "of": len(prompts)})
+            found[-1] |= {"cost": cost, "repeats": repeated(texts[part]) - repeated(written)}
+    return sorted(found, key=lambda c: (bool(dear(c["cost"], c["repeats"])), -c["change"]))
+
+
+def topic_search(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, groups: list[list[int]], strength: float, tokens: list[int], pairs_of, dear, rounds: int = 3) -> list[dict]:
+    """`topic_trials` of each of `groups` of latents at half of `strength`, then, in `rounds` that halve the step, at more
+    where the text was not `dear` and at less where it was; the best first."""
+    at, found = [strength / 2] * len(groups), []
+    for step in (strength / 2 ** (n + 2) for n in range(rounds)):
+        tries = topic_trials(model, tokenizer, hook_name, sae, prompts, own, list(zip(groups, at, strict=True)), tokens, pairs_of, dear)
+        found += tries
+        at = [next(t["strength"] + (-step if dear(t["cost"], t["repeats"]) else step) for t in tries if t["latents"] == group) for group in groups]
+    return sorted(found, key=lambda c: (bool(dear(c["cost"], c["repeats"])), -c["change"]))
