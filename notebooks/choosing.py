@@ -345,7 +345,7 @@ def openings(rows, index: Tensor, n: int, length: int = 12) -> list[list[int]]:
     return [rows.windows[window][: length + 1] for window in chosen]
 
 
-def some_rows(rows, without: Tensor, seed: int = 0, most: int = 40_000) -> Tensor:
+def some_rows(rows, without: Tensor, seed: int = 0, most: int = 20_000) -> Tensor:
     """Rows of windows in random order until they are `most`, none of those in `without` (N,), nor any that is not finite."""
     fits = rows.finite & ~without
     windows = rows.window[fits].unique()
@@ -369,7 +369,7 @@ def share_in_topic(sae: sae_utils.SAE, rows, index: Tensor, tokens: list[int], l
     return torch.where(fired >= 15, inside / total.clamp_min(1e-9), 0.0)
 
 
-def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 4) -> dict[int, str]:
+def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 3) -> dict[int, str]:
     """{latent: why} that may bring a topic of which `tokens` are the words, `most` of each kind: "text", the largest
     shares of their activation lie in text about it (`share_in_topic`, rows `index`); "words", they fire best on its words
     or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most in what the model
