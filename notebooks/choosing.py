@@ -300,21 +300,34 @@ def topic_tokens(tokenizer, words: list[str]) -> list[int]:
     return sorted(ids)
 
 
-def odds_of_mean(probabilities: Tensor) -> float:
-    """ln(m / (1 - m)) of the mean m of probabilities (n,)."""
-    mean = probabilities.double().mean().clamp(1e-12, 1 - 1e-12).item()
-    return math.log(mean) - math.log1p(-mean)
+def as_frequent(token: Tensor, next_token: Tensor, as_text, tokens: list[int], times: int = 10, seed: int = 0) -> list[int]:
+    """`times` as many words as `tokens`, or as many as there are: `whole_words` of a text (its pairs of neighbours,
+    as there), none of `tokens`, drawn for each of these from words a third to three times as frequent."""
+    words = torch.tensor(sorted(whole_words(token, next_token, as_text) - set(tokens)), dtype=torch.long)
+    counts, generator, found = token.bincount(minlength=max(tokens) + 1), torch.Generator().manual_seed(seed), set()
+    for own in counts[tokens].clamp_min(1).tolist():
+        alike = words[(3 * counts[words] >= own) & (counts[words] <= 3 * own)].tolist()
+        alike = [word for word in alike if word not in found]
+        found |= {alike[i] for i in torch.randperm(len(alike), generator=generator)[:times].tolist()}
+    return sorted(found)
+
+
+def odds_of_mean(probabilities: Tensor) -> Tensor:
+    """ln(m / (1 - m)), (…,) in float64, of the mean m over the first dimension of probabilities (n, …)."""
+    return probabilities.double().mean(0).logit(1e-12)
 
 
 @contextmanager
-def listening(model, tokens: list[int]):
-    """While the context lasts, each call of `model` adds to the list that it yields, (batch,) in float64, the probability
-    that one of `tokens` follows the last column. Inside `editing.generate` that is once for each token that it chooses."""
+def listening(model, sets: list[list[int]]):
+    """While the context lasts, each call of `model` adds to the list that it yields, (batch, len(sets)) in float64, the
+    probability that one of the tokens in each of `sets` follows the last column. Inside `editing.generate` that is
+    once for each token that it chooses."""
     heard = []
 
     def note(module, args, output):
         logits = output.logits[:, -1].float()
-        heard.append((logits[:, tokens].logsumexp(-1).double() - logits.logsumexp(-1).double()).exp().cpu())
+        total = logits.logsumexp(-1).double()
+        heard.append(torch.stack([(logits[:, tokens].logsumexp(-1).double() - total).exp().cpu() for tokens in sets], 1))
 
     handle = model.register_forward_hook(note)
     try:
@@ -323,14 +336,17 @@ def listening(model, tokens: list[int]):
         handle.remove()
 
 
-def write(model, tokenizer, prompts: list[list[int]], tokens: list[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> tuple[list[list[int]], Tensor]:
-    """(texts, odds): what `editing.generate` writes after each of the prompts, and how much it is about a topic, (prompts,)
-    in float64: the log-odds of the mean probability, over the places where a token of the text or its end was chosen, that
-    one of `tokens` comes there. Probabilities are those of the model as it is, edits included."""
-    with listening(model, tokens) as heard:
+def write(model, tokenizer, prompts: list[list[int]], sets: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> tuple[list[list[int]], Tensor]:
+    """(texts, odds): what `editing.generate` writes after each of the prompts, and how much of it is about some words,
+    (prompts, len(sets)) in float64: the log-odds of the mean probability, over the places where a token of the text or its
+    end was chosen, that one of the tokens in each of `sets` comes there. Probabilities are those of the model as it
+    is, edits included."""
+    if not sets:
+        return editing.generate(model, tokenizer, prompts, max_new_tokens, temperature, seed), torch.zeros(len(prompts), 0)
+    with listening(model, sets) as heard:
         texts = editing.generate(model, tokenizer, prompts, max_new_tokens, temperature, seed)
-    said = torch.stack(heard, 1)  # (prompts, steps); a text that has ended is led on by padding
-    return texts, torch.tensor([odds_of_mean(row[: len(text) + 1]) for row, text in zip(said, texts, strict=True)], dtype=torch.float64)
+    said = torch.stack(heard, 1)  # (prompts, steps, sets); a text that has ended is led on by padding
+    return texts, torch.stack([odds_of_mean(row[: len(text) + 1]) for row, text in zip(said, texts, strict=True)])
 
 
 def repeated(texts: list[list[int]]) -> float:
@@ -369,17 +385,18 @@ def share_in_topic(sae: sae_utils.SAE, rows, index: Tensor, tokens: list[int], l
     return torch.where(fired >= 15, inside / total.clamp_min(1e-9), 0.0)
 
 
-def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 3) -> dict[int, str]:
+def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], like: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 3) -> dict[int, str]:
     """{latent: why} that may bring a topic of which `tokens` are the words, `most` of each kind: "text", the largest
     shares of their activation lie in text about it (`share_in_topic`, rows `index`); "words", they fire best on its words
-    or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most in what the model
-    has `written` after `prompts` (`slopes`). `next_token` (N,) as `followers` gives it."""
+    or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most, beyond those of `like`,
+    words as frequent, in what the model has `written` after `prompts` (`slopes`). `next_token` (N,) as `followers` gives it."""
     either = (torch.isin(rows.token_ids, torch.tensor(tokens)) | torch.isin(next_token, torch.tensor(tokens))).long()
     texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
     places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    slope = lambda tokens: slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope)
     ranked = {
         "text": share_in_topic(sae, rows, index, tokens), "words": announce_f1(sae, rows.activations, index, either, [1])[0],
-        "gradient": slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope),
+        "gradient": slope(tokens) - slope(like),
     }  # fmt: skip
     live, found = (sae.density > 0).cpu(), {}
     for why, scores in ranked.items():
@@ -388,28 +405,35 @@ def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index
     return found
 
 
-def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, tokens: list[int], pairs_of) -> list[dict]:
+def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, sets: list[list[int]], pairs_of) -> list[dict]:
     """Latents of `pool` {latent: why} and what an edit of each, (patch, scope) `pairs_of([latent])`, does to a topic in
-    what the model has `written` after `prompts`, the best first: {latents, why, change}, the mean change over the
-    texts of the log-odds of the mean probability that one of `tokens` comes next."""
+    what the model has `written` after `prompts`, the best first: {latents, why, change, beyond}. change: of the log-odds
+    of the mean probability that a token of the topic comes next, the mean over the texts; beyond: by how much that
+    exceeds the change for words as frequent. `sets`: the tokens of both."""
     texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
     places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
-    odds = lambda: statistics.mean(odds_of_mean(row[:, tokens].double().exp().sum(1)) for row in editing.logprobs_at(model, texts, places, prompts))
+
+    def odds() -> Tensor:
+        heard = (torch.stack([row[:, tokens].double().exp().sum(1) for tokens in sets], 1) for row in editing.logprobs_at(model, texts, places, prompts))
+        return torch.stack([odds_of_mean(said) for said in heard]).mean(0)
+
     before, found = odds(), []
     for latent, why in pool.items():
         with editing.intervene(model, hook_name, sae, tokenizer, pairs_of([latent])):
-            found.append({"latents": [latent], "why": why, "change": odds() - before})
-    return sorted(found, key=lambda c: -c["change"])
+            change, like = (odds() - before).tolist()
+        found.append({"latents": [latent], "why": why, "change": change, "beyond": change - like})
+    return sorted(found, key=lambda c: -c["beyond"])
 
 
-def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, arms: list[tuple], tokens: list[int], pairs_of, dear, at_once: int = 96) -> list[dict]:
-    """What edits make the model write after `prompts`, as many tokens as by itself, `own` as `write` gives it, the best
-    first: {latents, strength, change, rise, of, cost, repeats} for each of `arms` (latents, strength), whose (patch, scope)
+def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, arms: list[tuple], sets: list[list[int]], pairs_of, at_once: int = 96) -> list[dict]:
+    """What edits make the model write after `prompts`, as many tokens as by itself, `own` as `write` gives it: {latents,
+    strength, change, beyond, rise, of, cost, repeats} for each of `arms` (latents, strength), whose (patch, scope)
     pairs are `pairs_of(latents, strength)`.
 
-    change: of the texts' log-odds (`write`), their mean; rise: texts whose log-odds rise; cost: nats per token by which
-    the text surprises the unpatched model more than its own does; repeats: by how much the share of tokens that a
-    text `repeated` grows. Those of which `dear(cost, repeats)` is true come last.
+    change: of the log-odds of the topic in the texts (`write`), their mean; beyond: by how much that exceeds the change
+    for words as frequent (`sets`: the tokens of both); rise: texts whose log-odds rise; cost: nats per token by which the
+    text surprises the unpatched model more than its own does; repeats: by how much the share of tokens that a text
+    `repeated` grows.
     """
     written, before = own
     if not any(written):
@@ -418,21 +442,22 @@ def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: 
     size = max(1, at_once // len(prompts))
     for group in (arms[i : i + size] for i in range(0, len(arms), size)):
         with editing.intervene(model, hook_name, sae, tokenizer, editing.together([pairs_of(*arm) for arm in group])):
-            texts, odds = write(model, tokenizer, prompts * len(group), tokens, new)
+            texts, odds = write(model, tokenizer, prompts * len(group), sets, new)
         for i, (latents, strength) in enumerate(group):
             part = slice(i * len(prompts), (i + 1) * len(prompts))
-            change, cost = odds[part] - before, editing.surprise(model, prompts, texts[part]) - unedited
-            found.append({"latents": latents, "strength": strength, "change": change.mean().item(), "rise": int((change > ROUNDING).sum()), "of": len(prompts)})
-            found[-1] |= {"cost": cost, "repeats": repeated(texts[part]) - repeated(written)}
-    return sorted(found, key=lambda c: (bool(dear(c["cost"], c["repeats"])), -c["change"]))
+            change, like = (odds[part] - before).T
+            found.append({"latents": latents, "strength": strength, "change": change.mean().item(), "beyond": (change - like).mean().item(), "rise": int((change > ROUNDING).sum()), "of": len(prompts)})
+            found[-1] |= {"cost": editing.surprise(model, prompts, texts[part]) - unedited, "repeats": repeated(texts[part]) - repeated(written)}
+    return found
 
 
-def topic_search(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, groups: list[list[int]], strength: float, tokens: list[int], pairs_of, dear, rounds: int = 3) -> list[dict]:
+def topic_search(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, groups: list[list[int]], strength: float, sets: list[list[int]], pairs_of, broken, rounds: int = 3) -> list[dict]:
     """`topic_trials` of each of `groups` of latents at half of `strength`, then, in `rounds` that halve the step, at more
-    where the text was not `dear` and at less where it was; the best first."""
+    where the text was not `broken(cost, repeats)` and at less where it was. First those that raise the topic farthest
+    beyond words as frequent, broken ones last."""
     at, found = [strength / 2] * len(groups), []
     for step in (strength / 2 ** (n + 2) for n in range(rounds)):
-        tries = topic_trials(model, tokenizer, hook_name, sae, prompts, own, list(zip(groups, at, strict=True)), tokens, pairs_of, dear)
+        tries = topic_trials(model, tokenizer, hook_name, sae, prompts, own, list(zip(groups, at, strict=True)), sets, pairs_of)
+        at = [strength - step if broken(t["cost"], t["repeats"]) else strength + step for strength, t in zip(at, tries, strict=True)]
         found += tries
-        at = [next(t["strength"] + (-step if dear(t["cost"], t["repeats"]) else step) for t in tries if t["latents"] == group) for group in groups]
-    return sorted(found, key=lambda c: (bool(dear(c["cost"], c["repeats"])), -c["change"]))
+    return sorted(found, key=lambda c: (bool(broken(c["cost"], c["repeats"])), -c["beyond"]))

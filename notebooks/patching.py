@@ -520,7 +520,7 @@ def findings(result: dict) -> list[str]:
     if topic:
         first = (
             f"{what}: words of the topic ({', '.join(topic[:4])}{', …' if len(topic) > 4 else ''}) {'fall' if result['lowers'] else 'rise'} in {result['topic_moved']} of {n} continuations; the log-odds that one "
-            f"comes next changed by {moved} One of the words stands in {result['topic_said']} continuations, {result['topic_count']} in all, against {result['topic_said_before']}, "
+            f"comes next changed by {moved} That is {result['topic_beyond']:+.1f} beyond words as frequent. One of the words stands in {result['topic_said']} continuations, {result['topic_count']} in all, against {result['topic_said_before']}, "
             f"{result['topic_count_before']} in all, without the edit; {cost}, and {result['repeats'][1]:.0%} of its tokens stand in it before, of its own {result['repeats'][0]:.0%}."
         )
     else:

@@ -316,12 +316,13 @@ def test_three_ways_to_a_topic(place):
     rows, prompts, written = topic_rows(), [[3, 5, 6], [3, 7, 8, 9]], [[10, 11, 12], [13]]
     next_token, index = choosing.followers(rows), torch.arange(210)
     sae.density[:4] = 0
-    pool = choosing.topic_pool(model, tokenizer, hook, sae, rows, index, next_token, [5, 9], prompts, written, "generated", most=3)
+    pool = choosing.topic_pool(model, tokenizer, hook, sae, rows, index, next_token, [5, 9], [6, 7, 11], prompts, written, "generated", most=3)
     assert set(pool.values()) == {"text", "words", "gradient"} and 3 <= len(pool) <= 9 and min(pool) >= 4
     share = choosing.share_in_topic(sae, rows, index, [5, 9])
     share[:4] = -1
     assert [latent for latent, why in pool.items() if why == "text"] == share.topk(3).indices.tolist()
-    slope = choosing.slopes(model, tokenizer, hook, sae, [[3, 5, 6, 10, 11, 12], [3, 7, 8, 9, 13]], [range(2, 6), range(3, 5)], prompts, [5, 9], "generated")
+    slope, like = (choosing.slopes(model, tokenizer, hook, sae, [[3, 5, 6, 10, 11, 12], [3, 7, 8, 9, 13]], [range(2, 6), range(3, 5)], prompts, words, "generated") for words in ([5, 9], [6, 7, 11]))
+    slope -= like
     slope[:4] = -99
     assert set(slope.topk(3).indices.tolist()) <= set(pool)
 
@@ -345,8 +346,8 @@ def heard_by_hand(model, tokenizer, hook, sae, prompt, more, tokens, pairs, ends
 
 def test_odds_of_a_mean_by_hand():
     p = torch.rand(7, dtype=torch.float64) ** 6
-    assert choosing.odds_of_mean(p) == pytest.approx(odds64(p.tolist()), rel=1e-9)
-    assert choosing.odds_of_mean(torch.tensor([0.0, 0.0, 0.5, 0.5])) == pytest.approx(math.log(1 / 3)) and math.isfinite(choosing.odds_of_mean(torch.zeros(3)))
+    assert choosing.odds_of_mean(torch.stack([p, p / 2], 1)).tolist() == pytest.approx([odds64(p.tolist()), odds64((p / 2).tolist())], rel=1e-9)
+    assert choosing.odds_of_mean(torch.tensor([0.0, 0.0, 0.5, 0.5])).item() == pytest.approx(math.log(1 / 3)) and choosing.odds_of_mean(torch.zeros(3)).isfinite()
     blow = torch.cat([torch.full((29,), 1e-7), torch.tensor([0.1])])  # what lifts every rare word says next to nothing
     assert choosing.odds_of_mean(blow.clamp_min(1e-4)) - choosing.odds_of_mean(blow) < 0.05
 
@@ -356,19 +357,21 @@ def test_how_much_a_text_is_about_a_topic(place, ends, monkeypatch):
     """Beside passes of the whole text without a cache, several prompts and several arms in one batch; where texts end, the
     place of their end counts and nothing after it."""
     model, tokenizer, hook, sae = place
-    prompts, tokens = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], torch.randperm(20)[:3].add(4).tolist()
+    prompts, sets = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], torch.randperm(20).add(4).split([3, 1, 16])
+    sets = [tokens.tolist() for tokens in sets]
     arms = [[(editing.set_value([int(i)], 4.0, sae.max_act), "generated")] for i in torch.randperm(48)[:2]]
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     if ends:  # a token that some text says ends it
         with editing.intervene(model, hook, sae, tokenizer, editing.together(arms)):
             model.generation_config.eos_token_id = editing.generate(model, tokenizer, prompts * 2, 6)[1][2]
     with editing.intervene(model, hook, sae, tokenizer, editing.together(arms)):
-        texts, odds = choosing.write(model, tokenizer, prompts * 2, tokens, 6)
+        texts, odds = choosing.write(model, tokenizer, prompts * 2, sets, 6)
         assert texts == editing.generate(model, tokenizer, prompts * 2, 6) and odds.dtype == torch.float64
     assert ends == any(len(text) < 6 for text in texts)
     for i, (prompt, text) in enumerate(zip(prompts * 2, texts, strict=True)):
-        assert odds[i].item() == pytest.approx(odds64(heard_by_hand(model, tokenizer, hook, sae, prompt, text, tokens, arms[i // 3], len(text) < 6)), abs=1e-3)
-    assert not model._forward_hooks
+        for tokens, got in zip(sets, odds[i].tolist(), strict=True):
+            assert got == pytest.approx(odds64(heard_by_hand(model, tokenizer, hook, sae, prompt, text, tokens, arms[i // 3], len(text) < 6)), abs=1e-3)
+    assert not model._forward_hooks and choosing.write(model, tokenizer, prompts, [], 6)[1].shape == (3, 0)
 
 
 def test_a_text_that_repeats_itself_by_hand():
@@ -378,37 +381,35 @@ def test_a_text_that_repeats_itself_by_hand():
 def test_latents_for_a_topic_by_what_they_do(place):
     model, tokenizer, hook, sae = place
     prompts, written = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], [torch.randint(4, 24, (n,)).tolist() for n in (3, 0, 5)]
-    tokens, pool = [9, 14], dict.fromkeys(torch.randperm(48)[:5].tolist(), "text")
+    sets, pool = [[9, 14], [5, 6, 20]], dict.fromkeys(torch.randperm(48)[:5].tolist(), "text")
     pairs_of = lambda latents: [(editing.set_value(latents, 4.0, sae.max_act), "generated")]
-    found = choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, tokens, pairs_of)
-    assert {c["latents"][0] for c in found} == set(pool) and [c["change"] for c in found] == sorted((c["change"] for c in found), reverse=True)
-    said = lambda pairs: sum(odds64(heard_by_hand(model, tokenizer, hook, sae, prompt, more, tokens, pairs, True)) for prompt, more in zip(prompts, written, strict=True)) / 3
+    found = choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, sets, pairs_of)
+    assert {c["latents"][0] for c in found} == set(pool) and [c["beyond"] for c in found] == sorted((c["beyond"] for c in found), reverse=True)
+    said = lambda pairs, tokens: sum(odds64(heard_by_hand(model, tokenizer, hook, sae, prompt, more, tokens, pairs, True)) for prompt, more in zip(prompts, written, strict=True)) / 3
     for c in found:
-        assert c["change"] == pytest.approx(said(pairs_of(c["latents"])) - said([]), abs=1e-3) and c["why"] == "text"
+        change, like = (said(pairs_of(c["latents"]), tokens) - said([], tokens) for tokens in sets)
+        assert c["change"] == pytest.approx(change, abs=1e-3) and c["beyond"] == pytest.approx(change - like, abs=2e-3) and c["why"] == "text"
 
 
 def test_edits_for_a_topic_by_what_the_model_writes(place):
     model, tokenizer, hook, sae = place
     model.generation_config.eos_token_id = tokenizer.eos_token = None  # texts of a known length
-    prompts, tokens = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], [5, 9, 14]
-    own = choosing.write(model, tokenizer, prompts, tokens, 6)
+    prompts, sets = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], [[5, 9, 14], [6, 7, 20, 21]]
+    own = choosing.write(model, tokenizer, prompts, sets, 6)
     pairs_of = lambda latents, strength: [(editing.set_value(latents, strength), "generated")]
     arms = [([int(i)], 40.0) for i in torch.randperm(48)[:5]] + [([3, 7], 20.0), ([3, 7], 10.0)]
-    find = lambda dear: choosing.topic_trials(model, tokenizer, hook, sae, prompts, own, arms, tokens, pairs_of, dear, at_once=9)
-    found = find(lambda cost, repeats: [])
-    assert sorted((c["latents"], c["strength"]) for c in found) == sorted(arms) and [c["change"] for c in found] == sorted((c["change"] for c in found), reverse=True)
+    found = choosing.topic_trials(model, tokenizer, hook, sae, prompts, own, arms, sets, pairs_of, at_once=9)
+    assert [(c["latents"], c["strength"]) for c in found] == arms
     for c in found:
         with editing.intervene(model, hook, sae, tokenizer, pairs_of(c["latents"], c["strength"])):
-            alone = [choosing.write(model, tokenizer, [prompt], tokens, 6) for prompt in prompts]
-        texts, change = [text for (text,), _ in alone], torch.cat([odds for _, odds in alone]) - own[1]
-        assert c["change"] == pytest.approx(change.mean().item(), abs=1e-3) and c["rise"] in {int((change > r * choosing.ROUNDING).sum()) for r in (0.9, 1.1)} and c["of"] == 3
+            alone = [choosing.write(model, tokenizer, [prompt], sets, 6) for prompt in prompts]
+        texts, (change, like) = [text for (text,), _ in alone], (torch.cat([odds for _, odds in alone]) - own[1]).T
+        assert c["change"] == pytest.approx(change.mean().item(), abs=1e-3) and c["beyond"] == pytest.approx((change - like).mean().item(), abs=1e-3)
+        assert c["rise"] in {int((change > r * choosing.ROUNDING).sum()) for r in (0.9, 1.1)} and c["of"] == 3
         assert c["cost"] == pytest.approx(editing.surprise(model, prompts, texts) - editing.surprise(model, prompts, own[0]), abs=1e-3)
         assert c["repeats"] == pytest.approx(choosing.repeated(texts) - choosing.repeated(own[0]))
-    limit = sorted(c["cost"] for c in found)[3] + 1e-6
-    dear = [c["cost"] > limit for c in find(lambda cost, repeats: ["dear"] * (cost > limit))]
-    assert dear == sorted(dear) and sum(dear) <= 3  # those that cost too much come last
     with pytest.raises(u.UserError, match="writes nothing"):
-        choosing.topic_trials(model, tokenizer, hook, sae, prompts, ([[], [], []], own[1]), arms, tokens, pairs_of, lambda cost, repeats: [])
+        choosing.topic_trials(model, tokenizer, hook, sae, prompts, ([[], [], []], own[1]), arms, sets, pairs_of)
 
 
 def test_strengths_are_sought_by_halving(monkeypatch):
@@ -417,13 +418,25 @@ def test_strengths_are_sought_by_halving(monkeypatch):
 
     def fake(model, tokenizer, hook, sae, prompts, own, arms, *rest):
         rounds.append(arms)
-        return [{"latents": g, "strength": s, "change": s * len(g), "cost": s - (5 if g == [1] else 2.2), "repeats": 0.0} for g, s in reversed(arms)]
+        return [{"latents": g, "strength": s, "beyond": s * len(g), "cost": s - (5 if g == [1] else 2.2), "repeats": 0.0} for g, s in arms]
 
     monkeypatch.setattr(choosing, "topic_trials", fake)
     found = choosing.topic_search(None, None, "", None, [], None, [[1], [2, 3]], 8.0, [], None, lambda cost, repeats: ["dear"] * (cost > 0))
     assert rounds == [[([1], 4.0), ([2, 3], 4.0)], [([1], 6.0), ([2, 3], 2.0)], [([1], 5.0), ([2, 3], 3.0)]]
     assert (found[0]["latents"], found[0]["strength"]) == ([1], 5.0) and len(found) == 6
-    assert [c["change"] for c in found[:3]] == [5.0, 4.0, 4.0] and all(c["cost"] > 0 for c in found[3:])
+    assert [c["beyond"] for c in found[:3]] == [5.0, 4.0, 4.0] and all(c["cost"] > 0 for c in found[3:])
+
+
+def test_words_as_frequent_as_a_topics():
+    """Tokens 2 i are words of their own; how often each stands in the text is known."""
+    counts = {2: 9, 4: 30, 6: 3, 8: 28, 10: 2, 12: 27, 14: 100, 16: 1}
+    token = torch.tensor([t for t, n in counts.items() for _ in range(n)])
+    token = token[torch.randperm(len(token))]
+    next_token = torch.zeros_like(token)
+    find = lambda tokens, times=10: choosing.as_frequent(token, next_token, Spaced(), tokens, times)
+    assert find([2]) == [6, 12] and find([12]) == [2, 4, 8] and find([2, 12]) == [4, 6, 8] and find([40]) == [6, 10, 16]  # 40 stands nowhere: as if once
+    drawn = {tuple(choosing.as_frequent(token, next_token, Spaced(), [12], 1, seed)) for seed in range(30)}
+    assert drawn == {(2,), (4,), (8,)}
 
 
 @pytest.mark.parametrize(("words", "target", "message"), [([3], "", "not 3"), ([" "], "", "not ' '"), (["war"], "red", "two experiments")])

@@ -452,10 +452,11 @@ def test_a_word_that_is_never_said_is_told_first(result):
 def test_the_findings_of_a_topic(result, tmp_path):
     beside = patching.compared(torch.tensor([1.0, 0.5]), [torch.tensor([0.2, 0.0])] * 20, 0)
     topic = result | beside | {"topic_words": ["war", "<army>", "a", "b", "c"], "topic_said": 2, "topic_said_before": 1, "topic_count": 7, "topic_count_before": 3, "attribution": [], "ablation_log_odds_change": []}
-    topic |= {"topic_moved": 2, "repeats": [0.25, 0.3]}
+    topic |= {"topic_moved": 2, "repeats": [0.25, 0.3], "topic_beyond": 0.6}
     said = patching.findings(topic)
     assert "words of the topic (war, <army>, a, b, …) rise in 2 of 2 continuations; the log-odds that one comes next changed by +0.8 on average" in said[0]
     assert "+0.1 on average, 90 % of them +0.1 to +0.1, at most +0.1). It stands out from its controls (p = 0.048" in said[0]
+    assert "as far). That is +0.6 beyond words as frequent." in said[0]
     assert "One of the words stands in 2 continuations, 7 in all, against 1, 3 in all, without the edit; the text surprises the unpatched model by 1.50 nats per token, its own by 0.50, and 30% of its tokens stand in it before, of its own 25%." in said[0]
     page = patching.write_page(tmp_path / "p.html", "T", topic | {"findings": said})
     assert "Words of the topic: <b>war, &lt;army&gt;" in page and "log-odds of the topic" in page and "-2.2 → +0.8" in page
