@@ -203,10 +203,10 @@ def own_latents(words: list[int], f1: Tensor, taken: list[int] = (), least: floa
     return found
 
 
-def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[list[int]], places: list, prompts: list[list[int]], target: list[int], scope) -> Tensor:
+def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[list[int]], places: list, prompts: list[list[int]], target: list[int], scope, like: list[int] = ()) -> Tensor:
     """(d_sae,): to first order, the mean change over all `places` of `texts` (as for `editing.logprobs_at`) of the
-    log-odds that one of the tokens `target` comes next, where a latent is raised by its largest activation at the
-    positions in `scope`."""
+    log-odds that one of the tokens `target` comes next, less the change for `like` where these are given, where a
+    latent is raised by its largest activation at the positions in `scope`."""
     ids, mask = sae_utils.pad(texts, device=model.device)
     tracker, most = editing.TokenTracker(tokenizer), max(map(len, places))
     with editing.stating(model, prompts):
@@ -215,8 +215,9 @@ def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[lis
     there = torch.tensor([[True] * len(place) + [False] * (most - len(place)) for place in places], device=ids.device)
     with editing.to_differentiate(model, hook_name) as caught:
         logits = editing.logits_at(model, ids, mask, index)
-        odds = log_odds(logits[there].float().log_softmax(-1), target).mean()
-        (gradient,) = torch.autograd.grad(odds, caught["x"])
+        logprobs = logits[there].float().log_softmax(-1)
+        odds = log_odds(logprobs, target) - (log_odds(logprobs, like) if like else 0.0)
+        (gradient,) = torch.autograd.grad(odds.mean(), caught["x"])
     with torch.no_grad():
         _, norm = sae.normalise(caught["x"].detach())
         pushed = torch.where(tracker.where(scope)[:, :, None], (gradient.float() * norm).reshape(*ids.shape, -1), 0.0).sum((0, 1))
@@ -393,10 +394,9 @@ def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index
     either = (torch.isin(rows.token_ids, torch.tensor(tokens)) | torch.isin(next_token, torch.tensor(tokens))).long()
     texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
     places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
-    slope = lambda tokens: slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope)
     ranked = {
         "text": share_in_topic(sae, rows, index, tokens), "words": announce_f1(sae, rows.activations, index, either, [1])[0],
-        "gradient": slope(tokens) - slope(like),
+        "gradient": slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope, like),
     }  # fmt: skip
     live, found = (sae.density > 0).cpu(), {}
     for why, scores in ranked.items():

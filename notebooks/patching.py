@@ -408,13 +408,12 @@ def along(clean: list[Tensor], patched: list[Tensor], texts: list[list[int]]) ->
 # ---------------------------------------------------------------------------------------------
 
 
-def breaks(cost: float, repeats: float, share: float = 1.0) -> list[str]:
+def breaks(cost: float, repeats: float) -> list[str]:
     """What is wrong with a text that an edit brings a topic into, in words; empty where nothing is. `cost`: nats per token by
     which it is more surprising than without the edit, MOST_COST at most; `repeats`: by how much the share of tokens
-    that it says again is larger, MOST_REPEATS at most (a text that says one word over and over surprises nobody). With
-    `share`, that share of both limits."""
-    found = [f"at a cost of {cost:.2f} nats per token, which is more than {MOST_COST:g}"] * (cost > share * MOST_COST)
-    return found + [f"in a text that repeats itself: {repeats:.0%} more of its tokens, which is more than {MOST_REPEATS:.0%}"] * (repeats > share * MOST_REPEATS)
+    that it says again is larger, MOST_REPEATS at most (a text that says one word over and over surprises nobody)."""
+    found = [f"at a cost of {cost:.2f} nats per token, which is more than {MOST_COST:g}"] * (cost > MOST_COST)
+    return found + [f"in a text that repeats itself: the share of tokens said before is {100 * repeats:.0f} points larger, more than {100 * MOST_REPEATS:.0f}"] * (repeats > MOST_REPEATS)
 
 
 def verdict(edit: float, controls: list[float], lowers: bool = False, broken: list[str] = ()) -> dict:

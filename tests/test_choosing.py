@@ -321,8 +321,10 @@ def test_three_ways_to_a_topic(place):
     share = choosing.share_in_topic(sae, rows, index, [5, 9])
     share[:4] = -1
     assert [latent for latent, why in pool.items() if why == "text"] == share.topk(3).indices.tolist()
-    slope, like = (choosing.slopes(model, tokenizer, hook, sae, [[3, 5, 6, 10, 11, 12], [3, 7, 8, 9, 13]], [range(2, 6), range(3, 5)], prompts, words, "generated") for words in ([5, 9], [6, 7, 11]))
-    slope -= like
+    at = [[3, 5, 6, 10, 11, 12], [3, 7, 8, 9, 13]], [range(2, 6), range(3, 5)], prompts
+    topic, like = (choosing.slopes(model, tokenizer, hook, sae, *at, words, "generated") for words in ([5, 9], [6, 7, 11]))
+    slope = choosing.slopes(model, tokenizer, hook, sae, *at, [5, 9], "generated", [6, 7, 11])
+    torch.testing.assert_close(slope, topic - like, rtol=1e-3, atol=1e-4)
     slope[:4] = -99
     assert set(slope.topk(3).indices.tolist()) <= set(pool)
 

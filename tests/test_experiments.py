@@ -340,11 +340,11 @@ def test_an_edit_stands_out_or_it_does_not(edit, controls, lowers, p, stands_out
 
 
 def test_a_topic_in_a_broken_text_does_not_stand_out():
-    told = lambda cost, repeats=0.0, share=1.0: patching.verdict(0.9, [0.1] * 20, broken=patching.breaks(cost, repeats, share))
+    told = lambda cost, repeats=0.0: patching.verdict(0.9, [0.1] * 20, broken=patching.breaks(cost, repeats))
     assert told(1.0, 0.2)["stands_out"] and told(-0.3)["stands_out"] and "none of 20 moved the log-odds as far)." in told(1.0)["says"]
-    assert not told(1.01)["stands_out"] and told(1.01)["p"] == pytest.approx(1 / 21) and not told(0.0, 0.21)["stands_out"] and not told(0.8, 0.0, 0.75)["stands_out"]
+    assert not told(1.01)["stands_out"] and told(1.01)["p"] == pytest.approx(1 / 21) and not told(0.0, 0.21)["stands_out"]
     assert "It does not stand out" in told(2.5)["says"] and "as far; at a cost of 2.50 nats per token, which is more than 1)." in told(2.5)["says"]
-    assert "as far; in a text that repeats itself: 67% more of its tokens, which is more than 20%)." in told(-0.5, 2 / 3)["says"]
+    assert "as far; in a text that repeats itself: the share of tokens said before is 67 points larger, more than 20)." in told(-0.5, 2 / 3)["says"]
 
 
 def test_one_word_over_and_over_costs_no_surprise_and_is_caught():
