@@ -3,7 +3,9 @@ without the half of the held-out text that tries it."""
 
 import math
 import re
+import statistics
 import unicodedata
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ LONGEST = 64  # tokens of a place's text: what is measured there is paid for by 
 LEAST_CERTAIN = 0.1  # the probability of the model's first choice at a place where an edit is tried
 ENOUGH = 4  # places on which a candidate is tried; those tried on fewer come last
 LEAST_F1 = 0.2  # below which a latent does not announce its word
+ROUNDING = 1e-3  # of log-odds, between batches of other sizes
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,15 +116,16 @@ def announce_f1(sae: sae_utils.SAE, activations: Tensor, index: Tensor, next_tok
     Products of 0/1 matrices count how often a latent is on and the word follows; nothing larger than a chunk is held.
     """
     device = sae.W_enc.device
-    is_word, best = torch.tensor(words)[:, None], torch.zeros(len(words), sae.d_sae, device=device)
-    for share in (0.1, 0.25, 0.5):
-        both, fired, said = 0, 0, 0
-        for part in index.split(chunk):
-            on = (sae.encode(activations[part].to(device)) > share * sae.max_act).float()
-            follows = (next_token[part] == is_word).float().to(device)
-            both, fired, said = both + follows @ on, fired + on.sum(0), said + follows.sum(1, keepdim=True)
-        best = torch.maximum(best, 2 * both / (fired + said).clamp_min(1))
-    return best.cpu()
+    is_word, shares, said = torch.tensor(words)[:, None], (0.1, 0.25, 0.5), 0
+    both, fired = [0] * len(shares), [0] * len(shares)
+    for part in index.split(chunk):
+        acts = sae.encode(activations[part].to(device))
+        follows = (next_token[part] == is_word).float().to(device)
+        said = said + follows.sum(1, keepdim=True)
+        for i, share in enumerate(shares):
+            on = (acts > share * sae.max_act).float()
+            both[i], fired[i] = both[i] + follows @ on, fired[i] + on.sum(0)
+    return torch.stack([2 * b / (f + said).clamp_min(1) for b, f in zip(both, fired, strict=True)]).amax(0).cpu()
 
 
 def log_odds(logprobs: Tensor, tokens: int | list[int]) -> Tensor:
@@ -199,10 +203,10 @@ def own_latents(words: list[int], f1: Tensor, taken: list[int] = (), least: floa
     return found
 
 
-def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[list[int]], places: list, prompts: list[list[int]], target: list[int], scope) -> Tensor:
+def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[list[int]], places: list, prompts: list[list[int]], target: list[int], scope, like: list[int] = ()) -> Tensor:
     """(d_sae,): to first order, the mean change over all `places` of `texts` (as for `editing.logprobs_at`) of the
-    log-odds that one of the tokens `target` comes next, where a latent is raised by its largest activation at the
-    positions in `scope`."""
+    log-odds that one of the tokens `target` comes next, less the change for `like` where these are given, where a
+    latent is raised by its largest activation at the positions in `scope`."""
     ids, mask = sae_utils.pad(texts, device=model.device)
     tracker, most = editing.TokenTracker(tokenizer), max(map(len, places))
     with editing.stating(model, prompts):
@@ -211,8 +215,9 @@ def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[lis
     there = torch.tensor([[True] * len(place) + [False] * (most - len(place)) for place in places], device=ids.device)
     with editing.to_differentiate(model, hook_name) as caught:
         logits = editing.logits_at(model, ids, mask, index)
-        odds = log_odds(logits[there].float().log_softmax(-1), target).mean()
-        (gradient,) = torch.autograd.grad(odds, caught["x"])
+        logprobs = logits[there].float().log_softmax(-1)
+        odds = log_odds(logprobs, target) - (log_odds(logprobs, like) if like else 0.0)
+        (gradient,) = torch.autograd.grad(odds.mean(), caught["x"])
     with torch.no_grad():
         _, norm = sae.normalise(caught["x"].detach())
         pushed = torch.where(tracker.where(scope)[:, :, None], (gradient.float() * norm).reshape(*ids.shape, -1), 0.0).sum((0, 1))
@@ -286,13 +291,68 @@ def check_topic(words: list, target_word: str) -> None:
 
 
 def topic_tokens(tokenizer, words: list[str]) -> list[int]:
-    """The tokens that are one of the words, with a space in front or without, capitalised or not. UserError where no
+    """The tokens that are one of the words: with a space in front, capitalised, or both; without either only in scripts
+    that put no space between words, since elsewhere such a token is mostly a piece of another word. UserError where no
     word is a single token."""
-    forms = dict.fromkeys(form for word in words for form in (f" {word}", word, f" {word.capitalize()}", word.capitalize()))
+    forms = dict.fromkeys(form for word in words for form in (f" {word}", f" {word.capitalize()}", word.capitalize(), *[word] * bool(UNSPACED.search(word))))
     ids = {ids[0] for ids in sae_utils.encode_text(tokenizer, list(forms)) if len(ids) == 1} - {tokenizer.unk_token_id}
     if not ids:
         raise UserError(f"topic_words: none of {', '.join(words)} is a single token for this model: name other words, or latents.")
     return sorted(ids)
+
+
+def as_frequent(token: Tensor, next_token: Tensor, as_text, tokens: list[int], times: int = 10, seed: int = 0) -> list[int]:
+    """`times` as many words as `tokens`, or as many as there are: `whole_words` of a text (its pairs of neighbours,
+    as there), none of `tokens`, drawn for each of these from words a third to three times as frequent."""
+    words = torch.tensor(sorted(whole_words(token, next_token, as_text) - set(tokens)), dtype=torch.long)
+    counts, generator, found = token.bincount(minlength=max(tokens) + 1), torch.Generator().manual_seed(seed), set()
+    for own in counts[tokens].clamp_min(1).tolist():
+        alike = words[(3 * counts[words] >= own) & (counts[words] <= 3 * own)].tolist()
+        alike = [word for word in alike if word not in found]
+        found |= {alike[i] for i in torch.randperm(len(alike), generator=generator)[:times].tolist()}
+    return sorted(found)
+
+
+def odds_of_mean(probabilities: Tensor) -> Tensor:
+    """ln(m / (1 - m)), (…,) in float64, of the mean m over the first dimension of probabilities (n, …)."""
+    return probabilities.double().mean(0).logit(1e-12)
+
+
+@contextmanager
+def listening(model, sets: list[list[int]]):
+    """While the context lasts, each call of `model` adds to the list that it yields, (batch, len(sets)) in float64, the
+    probability that one of the tokens in each of `sets` follows the last column. Inside `editing.generate` that is
+    once for each token that it chooses."""
+    heard = []
+
+    def note(module, args, output):
+        logits = output.logits[:, -1].float()
+        total = logits.logsumexp(-1).double()
+        heard.append(torch.stack([(logits[:, tokens].logsumexp(-1).double() - total).exp().cpu() for tokens in sets], 1))
+
+    handle = model.register_forward_hook(note)
+    try:
+        yield heard
+    finally:
+        handle.remove()
+
+
+def write(model, tokenizer, prompts: list[list[int]], sets: list[list[int]], max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> tuple[list[list[int]], Tensor]:
+    """(texts, odds): what `editing.generate` writes after each of the prompts, and how much of it is about some words,
+    (prompts, len(sets)) in float64: the log-odds of the mean probability, over the places where a token of the text or its
+    end was chosen, that one of the tokens in each of `sets` comes there. Probabilities are those of the model as it
+    is, edits included."""
+    if not sets:
+        return editing.generate(model, tokenizer, prompts, max_new_tokens, temperature, seed), torch.zeros(len(prompts), 0)
+    with listening(model, sets) as heard:
+        texts = editing.generate(model, tokenizer, prompts, max_new_tokens, temperature, seed)
+    said = torch.stack(heard, 1)  # (prompts, steps, sets); a text that has ended is led on by padding
+    return texts, torch.stack([odds_of_mean(row[: len(text) + 1]) for row, text in zip(said, texts, strict=True)])
+
+
+def repeated(texts: list[list[int]]) -> float:
+    """Share of the texts' tokens that stand in their own text before."""
+    return 1 - sum(len(set(ids)) for ids in texts) / max(1, sum(map(len, texts)))
 
 
 def openings(rows, index: Tensor, n: int, length: int = 12) -> list[list[int]]:
@@ -302,7 +362,7 @@ def openings(rows, index: Tensor, n: int, length: int = 12) -> list[list[int]]:
     return [rows.windows[window][: length + 1] for window in chosen]
 
 
-def some_rows(rows, without: Tensor, seed: int = 0, most: int = 40_000) -> Tensor:
+def some_rows(rows, without: Tensor, seed: int = 0, most: int = 20_000) -> Tensor:
     """Rows of windows in random order until they are `most`, none of those in `without` (N,), nor any that is not finite."""
     fits = rows.finite & ~without
     windows = rows.window[fits].unique()
@@ -326,17 +386,17 @@ def share_in_topic(sae: sae_utils.SAE, rows, index: Tensor, tokens: list[int], l
     return torch.where(fired >= 15, inside / total.clamp_min(1e-9), 0.0)
 
 
-def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 4) -> dict[int, str]:
+def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], like: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 3) -> dict[int, str]:
     """{latent: why} that may bring a topic of which `tokens` are the words, `most` of each kind: "text", the largest
     shares of their activation lie in text about it (`share_in_topic`, rows `index`); "words", they fire best on its words
-    or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most in what the model
-    has `written` after `prompts` (`slopes`). `next_token` (N,) as `followers` gives it."""
+    or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most, beyond those of `like`,
+    words as frequent, in what the model has `written` after `prompts` (`slopes`). `next_token` (N,) as `followers` gives it."""
     either = (torch.isin(rows.token_ids, torch.tensor(tokens)) | torch.isin(next_token, torch.tensor(tokens))).long()
     texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
     places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
     ranked = {
         "text": share_in_topic(sae, rows, index, tokens), "words": announce_f1(sae, rows.activations, index, either, [1])[0],
-        "gradient": slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope),
+        "gradient": slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope, like),
     }  # fmt: skip
     live, found = (sae.density > 0).cpu(), {}
     for why, scores in ranked.items():
@@ -345,38 +405,59 @@ def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index
     return found
 
 
-def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, tokens: list[int], pairs_of) -> list[dict]:
+def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, sets: list[list[int]], pairs_of) -> list[dict]:
     """Latents of `pool` {latent: why} and what an edit of each, (patch, scope) `pairs_of([latent])`, does to a topic in
-    what the model has `written` after `prompts`, the best first: {latents, why, before, after}, the mean probability that
-    one of `tokens` comes next, without the edit and with it."""
+    what the model has `written` after `prompts`, the best first: {latents, why, change, beyond}. change: of the log-odds
+    of the mean probability that a token of the topic comes next, the mean over the texts; beyond: by how much that
+    exceeds the change for words as frequent. `sets`: the tokens of both."""
     texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
     places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
-    said = lambda: torch.cat([row[:, tokens].double().exp().sum(1) for row in editing.logprobs_at(model, texts, places, prompts)]).mean().item()
-    before, found = said(), []
+
+    def odds() -> Tensor:
+        heard = (torch.stack([row[:, tokens].double().exp().sum(1) for tokens in sets], 1) for row in editing.logprobs_at(model, texts, places, prompts))
+        return torch.stack([odds_of_mean(said) for said in heard]).mean(0)
+
+    before, found = odds(), []
     for latent, why in pool.items():
         with editing.intervene(model, hook_name, sae, tokenizer, pairs_of([latent])):
-            found.append({"latents": [latent], "why": why, "before": before, "after": said()})
-    return sorted(found, key=lambda c: -c["after"])
+            change, like = (odds() - before).tolist()
+        found.append({"latents": [latent], "why": why, "change": change, "beyond": change - like})
+    return sorted(found, key=lambda c: -c["beyond"])
 
 
-def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], arms: list[tuple], words: list[str], pairs_of, as_text, max_cost: float, at_once: int = 96) -> list[dict]:
-    """What edits make the model write after `prompts`, as many tokens as it has `written` by itself, the best first:
-    {latents, strength, said, of, count, cost} for each of `arms` (latents, strength), whose (patch, scope) pairs are
-    `pairs_of(latents, strength)`.
+def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, arms: list[tuple], sets: list[list[int]], pairs_of, at_once: int = 96) -> list[dict]:
+    """What edits make the model write after `prompts`, as many tokens as by itself, `own` as `write` gives it: {latents,
+    strength, change, beyond, rise, of, cost, repeats} for each of `arms` (latents, strength), whose (patch, scope)
+    pairs are `pairs_of(latents, strength)`.
 
-    said: continuations in which one of `words` stands; count: how many of them stand there in all; cost: nats per token
-    by which the text surprises the unpatched model more than its own does. Those that cost more than `max_cost` come last.
+    change: of the log-odds of the topic in the texts (`write`), their mean; beyond: by how much that exceeds the change
+    for words as frequent (`sets`: the tokens of both); rise: texts whose log-odds rise; cost: nats per token by which the
+    text surprises the unpatched model more than its own does; repeats: by how much the share of tokens that a text
+    `repeated` grows.
     """
+    written, before = own
     if not any(written):
         raise UserError("the model writes nothing after the openings of this text: no topic can be brought into it.")
-    new, own, found = max(map(len, written)), editing.surprise(model, prompts, written), []
+    new, unedited, found = max(map(len, written)), editing.surprise(model, prompts, written), []
     size = max(1, at_once // len(prompts))
     for group in (arms[i : i + size] for i in range(0, len(arms), size)):
         with editing.intervene(model, hook_name, sae, tokenizer, editing.together([pairs_of(*arm) for arm in group])):
-            texts = editing.generate(model, tokenizer, prompts * len(group), new)
+            texts, odds = write(model, tokenizer, prompts * len(group), sets, new)
         for i, (latents, strength) in enumerate(group):
-            arm = texts[i * len(prompts) : (i + 1) * len(prompts)]
-            counts = [count_words(as_text(ids), words) for ids in arm]
-            cost = editing.surprise(model, prompts, arm) - own
-            found.append({"latents": latents, "strength": strength, "said": sum(n > 0 for n in counts), "of": len(prompts), "count": sum(counts), "cost": cost})
-    return sorted(found, key=lambda c: (c["cost"] > max_cost, -c["said"], -c["count"], c["cost"]))
+            part = slice(i * len(prompts), (i + 1) * len(prompts))
+            change, like = (odds[part] - before).T
+            found.append({"latents": latents, "strength": strength, "change": change.mean().item(), "beyond": (change - like).mean().item(), "rise": int((change > ROUNDING).sum()), "of": len(prompts)})
+            found[-1] |= {"cost": editing.surprise(model, prompts, texts[part]) - unedited, "repeats": repeated(texts[part]) - repeated(written)}
+    return found
+
+
+def topic_search(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, groups: list[list[int]], strength: float, sets: list[list[int]], pairs_of, broken, rounds: int = 3) -> list[dict]:
+    """`topic_trials` of each of `groups` of latents at half of `strength`, then, in `rounds` that halve the step, at more
+    where the text was not `broken(cost, repeats)` and at less where it was. First those that raise the topic farthest
+    beyond words as frequent, broken ones last."""
+    at, found = [strength / 2] * len(groups), []
+    for step in (strength / 2 ** (n + 2) for n in range(rounds)):
+        tries = topic_trials(model, tokenizer, hook_name, sae, prompts, own, list(zip(groups, at, strict=True)), sets, pairs_of)
+        at = [strength - step if broken(t["cost"], t["repeats"]) else strength + step for strength, t in zip(at, tries, strict=True)]
+        found += tries
+    return sorted(found, key=lambda c: (bool(broken(c["cost"], c["repeats"])), -c["beyond"]))

@@ -18,6 +18,7 @@ from sae_utils import UserError
 OPERATIONS = ("ablate", "amplify", "set_value", "add", "clamp")
 SCOPES = ("all", "prompt", "generated", "last")
 MOST_COST = 1.0  # nats per token by which a text with a topic may be more surprising than the one without
+MOST_REPEATS = 0.2  # and by how much the share of its tokens that repeat themselves may be larger
 
 
 # ---------------------------------------------------------------------------------------------
@@ -407,19 +408,26 @@ def along(clean: list[Tensor], patched: list[Tensor], texts: list[list[int]]) ->
 # ---------------------------------------------------------------------------------------------
 
 
-def verdict(edit: float, controls: list[float], lowers: bool = False, did: str = "moved the log-odds as far", cost: float | None = None) -> dict:
+def breaks(cost: float, repeats: float) -> list[str]:
+    """What is wrong with a text that an edit brings a topic into, in words; empty where nothing is. `cost`: nats per token by
+    which it is more surprising than without the edit, MOST_COST at most; `repeats`: by how much the share of tokens
+    that it says again is larger, MOST_REPEATS at most (a text that says one word over and over surprises nobody)."""
+    found = [f"at a cost of {cost:.2f} nats per token, which is more than {MOST_COST:g}"] * (cost > MOST_COST)
+    return found + [f"in a text that repeats itself: the share of tokens said before is {100 * repeats:.0f} points larger, more than {100 * MOST_REPEATS:.0f}"] * (repeats > MOST_REPEATS)
+
+
+def verdict(edit: float, controls: list[float], lowers: bool = False, broken: list[str] = ()) -> dict:
     """Whether what an edit did stands out from what its controls did, by the means over prompts: {p, as_good, stands_out, says}.
 
     p = (controls that did as much + 1) / (controls + 1), the permutation test with the edit counted as one of the
-    arms (Phipson and Smyth 2010), one-sided: up, with `lowers` down. It stands out at p of 0.05 or less and, where a
-    `cost` is given (nats per token by which the text is more surprising than without the edit), one of MOST_COST at most.
+    arms (Phipson and Smyth 2010), one-sided: up, with `lowers` down. It stands out at p of 0.05 or less, unless the
+    text is `broken` (`breaks`).
     """
     n, as_good = len(controls), sum(c <= edit if lowers else c >= edit for c in controls)
-    p, dear = (as_good + 1) / (n + 1), cost is not None and cost > MOST_COST
-    stands_out = p <= 0.05 and not dear
-    says = f"It {'stands out' if stands_out else 'does not stand out'} from its controls (p = {p:.3f}: {as_good or 'none'} of {n} {did})."
-    if dear:
-        says = says[:-1] + f"; at a cost of {cost:.2f} nats per token, which is more than {MOST_COST:g})."
+    p = (as_good + 1) / (n + 1)
+    stands_out = p <= 0.05 and not broken
+    why = "; ".join([f"p = {p:.3f}: {as_good or 'none'} of {n} moved the log-odds as far", *broken])
+    says = f"It {'stands out' if stands_out else 'does not stand out'} from its controls ({why})."
     if n < 19:
         says += f" With {n} control{'s' if n != 1 else ''} no p below {1 / (n + 1):.3f} can be had; it takes 19 for 0.05."
     return {"p": p, "as_good": as_good, "stands_out": stands_out, "says": says}
@@ -504,19 +512,22 @@ def findings(result: dict) -> list[str]:
     controls = f"{len(result['controls'])} controls, random latents {alike[result['controls_matched_by']]}"
     extreme, dose = "at least" if result["lowers"] else "at most", {row["dose"]: row["surprise"] for row in result["doses"]}
     cost = f"the text surprises the unpatched model by {dose[1.0]:.2f} nats per token, its own by {dose[0.0]:.2f}"
+    moved = (
+        f"{result['change']:+.1f} on average (95 % over prompts: {low:+.1f} to {high:+.1f}; {controls}: {result['control_mean']:+.1f} on average, "
+        f"90 % of them {control_low:+.1f} to {control_high:+.1f}, {extreme} {result['control_extreme']:+.1f}). {result['verdict']}"
+    )
     if topic:
-        share = lambda value: f"{value:.0%}"
         first = (
-            f"{what}: words of the topic ({', '.join(topic[:4])}{', …' if len(topic) > 4 else ''}) stand in {result['topic_said']} of {n} continuations, {result['topic_count']} in all, against "
-            f"{result['topic_said_before']}, {result['topic_count_before']} in all, without the edit: {share(result['change'])} more of them (95 % over prompts: {share(low)} to {share(high)}; "
-            f"{controls}: {share(result['control_mean'])} on average, {extreme} {share(result['control_extreme'])}); {cost}. {result['verdict']}"
+            f"{what}: words of the topic ({', '.join(topic[:4])}{', …' if len(topic) > 4 else ''}) {'fall' if result['lowers'] else 'rise'} in {result['topic_moved']} of {n} continuations; the log-odds that one "
+            f"comes next changed by {moved} That is {result['topic_beyond']:+.1f} beyond words as frequent. One of the words stands in {result['topic_said']} continuations, {result['topic_count']} in all, against {result['topic_said_before']}, "
+            f"{result['topic_count_before']} in all, without the edit; {cost}, and {result['repeats'][1]:.0%} of its tokens stand in it before, of its own {result['repeats'][0]:.0%}."
         )
     else:
+        never = not result["lowers"] and not result["target_is_first_choice"]
+        about = f"{said!r} is the first choice on none of {n} prompts; its log-odds" if never else f"the log-odds of {said!r}"
         first = (
-            f"{what}: the log-odds of {said!r} changed by {result['change']:+.1f} on average (95 % over prompts: {low:+.1f} to {high:+.1f}; {controls}: {result['control_mean']:+.1f} on "
-            f"average, 90 % of them {control_low:+.1f} to {control_high:+.1f}, {extreme} {result['control_extreme']:+.1f}). {result['verdict']} {said!r} is the first choice on {result['target_is_first_choice']} "
-            f"of {n} prompts, {result['target_was_first_choice']} without the edit, and {'at most a tenth as probable and no longer it' if result['lowers'] else 'that and at least 10 times as probable'} on "
-            f"{result['prompts_hit']} (controls: {result['control_hits_median']:g} in the median); edited at {spread(result['positions_edited'])} of each text."
+            f"{what}: {about} changed by {moved} {said!r} is the first choice on {result['target_is_first_choice']} of {n} prompts, {result['target_was_first_choice']} without the "
+            f"edit, and {'at most a tenth as probable and no longer it' if result['lowers'] else 'that and at least 10 times as probable'} on {result['prompts_hit']} (controls: {result['control_hits_median']:g} in the median); edited at {spread(result['positions_edited'])} of each text."
         )
     found = [first]
     if result["candidates"] and not result["stands_out"]:

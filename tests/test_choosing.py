@@ -259,7 +259,7 @@ def test_candidates_are_ranked_by_what_they_do(monkeypatch, sae):
 
 
 def test_tokens_of_a_topic(tokenizer):
-    cat, dog = (tokenizer.convert_tokens_to_ids(w) for w in ("cat", "dog"))
+    cat, dog = (tokenizer.convert_tokens_to_ids(w) for w in ("cat", "dog"))  # this tokenizer knows no spaces: " cat" and "cat" are one token
     assert choosing.topic_tokens(tokenizer, ["cat", "dog", "zebra", "cat dog"]) == sorted([cat, dog])
     with pytest.raises(u.UserError, match="none of zebra, cat dog is a single token"):
         choosing.topic_tokens(tokenizer, ["zebra", "cat dog"])
@@ -316,59 +316,129 @@ def test_three_ways_to_a_topic(place):
     rows, prompts, written = topic_rows(), [[3, 5, 6], [3, 7, 8, 9]], [[10, 11, 12], [13]]
     next_token, index = choosing.followers(rows), torch.arange(210)
     sae.density[:4] = 0
-    pool = choosing.topic_pool(model, tokenizer, hook, sae, rows, index, next_token, [5, 9], prompts, written, "generated", most=3)
+    pool = choosing.topic_pool(model, tokenizer, hook, sae, rows, index, next_token, [5, 9], [6, 7, 11], prompts, written, "generated", most=3)
     assert set(pool.values()) == {"text", "words", "gradient"} and 3 <= len(pool) <= 9 and min(pool) >= 4
     share = choosing.share_in_topic(sae, rows, index, [5, 9])
     share[:4] = -1
     assert [latent for latent, why in pool.items() if why == "text"] == share.topk(3).indices.tolist()
-    slope = choosing.slopes(model, tokenizer, hook, sae, [[3, 5, 6, 10, 11, 12], [3, 7, 8, 9, 13]], [range(2, 6), range(3, 5)], prompts, [5, 9], "generated")
+    at = [[3, 5, 6, 10, 11, 12], [3, 7, 8, 9, 13]], [range(2, 6), range(3, 5)], prompts
+    topic, like = (choosing.slopes(model, tokenizer, hook, sae, *at, words, "generated") for words in ([5, 9], [6, 7, 11]))
+    slope = choosing.slopes(model, tokenizer, hook, sae, *at, [5, 9], "generated", [6, 7, 11])
+    torch.testing.assert_close(slope, topic - like, rtol=1e-3, atol=1e-4)
     slope[:4] = -99
     assert set(slope.topk(3).indices.tolist()) <= set(pool)
+
+
+def odds64(p):
+    """ln(m / (1 - m)) of the mean m."""
+    m = sum(p) / len(p)
+    return math.log(m / (1 - m))
+
+
+def heard_by_hand(model, tokenizer, hook, sae, prompt, more, tokens, pairs, ends=False):
+    """The probabilities of `tokens` before each token of `more`, and after its last where the text `ends`, one pass of the
+    whole text for each, in float64."""
+    values = []
+    with editing.intervene(model, hook, sae, tokenizer, pairs):
+        for i in range(len(more) + ends):
+            with editing.stating(model, [prompt]):
+                values.append(model(torch.tensor([prompt + more[:i]])).logits[0, -1].double().softmax(-1)[tokens].sum().item())
+    return values
+
+
+def test_odds_of_a_mean_by_hand():
+    p = torch.rand(7, dtype=torch.float64) ** 6
+    assert choosing.odds_of_mean(torch.stack([p, p / 2], 1)).tolist() == pytest.approx([odds64(p.tolist()), odds64((p / 2).tolist())], rel=1e-9)
+    assert choosing.odds_of_mean(torch.tensor([0.0, 0.0, 0.5, 0.5])).item() == pytest.approx(math.log(1 / 3)) and choosing.odds_of_mean(torch.zeros(3)).isfinite()
+    blow = torch.cat([torch.full((29,), 1e-7), torch.tensor([0.1])])  # what lifts every rare word says next to nothing
+    assert choosing.odds_of_mean(blow.clamp_min(1e-4)) - choosing.odds_of_mean(blow) < 0.05
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_how_much_a_text_is_about_a_topic(place, ends, monkeypatch):
+    """Beside passes of the whole text without a cache, several prompts and several arms in one batch; where texts end, the
+    place of their end counts and nothing after it."""
+    model, tokenizer, hook, sae = place
+    prompts, sets = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], torch.randperm(20).add(4).split([3, 1, 16])
+    sets = [tokens.tolist() for tokens in sets]
+    arms = [[(editing.set_value([int(i)], 4.0, sae.max_act), "generated")] for i in torch.randperm(48)[:2]]
+    model.generation_config.eos_token_id = tokenizer.eos_token = None
+    if ends:  # a token that some text says ends it
+        with editing.intervene(model, hook, sae, tokenizer, editing.together(arms)):
+            model.generation_config.eos_token_id = editing.generate(model, tokenizer, prompts * 2, 6)[1][2]
+    with editing.intervene(model, hook, sae, tokenizer, editing.together(arms)):
+        texts, odds = choosing.write(model, tokenizer, prompts * 2, sets, 6)
+        assert texts == editing.generate(model, tokenizer, prompts * 2, 6) and odds.dtype == torch.float64
+    assert ends == any(len(text) < 6 for text in texts)
+    for i, (prompt, text) in enumerate(zip(prompts * 2, texts, strict=True)):
+        for tokens, got in zip(sets, odds[i].tolist(), strict=True):
+            assert got == pytest.approx(odds64(heard_by_hand(model, tokenizer, hook, sae, prompt, text, tokens, arms[i // 3], len(text) < 6)), abs=1e-3)
+    assert not model._forward_hooks and choosing.write(model, tokenizer, prompts, [], 6)[1].shape == (3, 0)
+
+
+def test_a_text_that_repeats_itself_by_hand():
+    assert choosing.repeated([[5, 5, 5, 5], [1, 2, 3, 1]]) == pytest.approx(4 / 8) and choosing.repeated([[1, 2], [2, 1]]) == 0 and choosing.repeated([[], []]) == 1
 
 
 def test_latents_for_a_topic_by_what_they_do(place):
     model, tokenizer, hook, sae = place
     prompts, written = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], [torch.randint(4, 24, (n,)).tolist() for n in (3, 0, 5)]
-    tokens, pool = [9, 14], dict.fromkeys(torch.randperm(48)[:5].tolist(), "text")
+    sets, pool = [[9, 14], [5, 6, 20]], dict.fromkeys(torch.randperm(48)[:5].tolist(), "text")
     pairs_of = lambda latents: [(editing.set_value(latents, 4.0, sae.max_act), "generated")]
-    found = choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, tokens, pairs_of)
-    assert {c["latents"][0] for c in found} == set(pool) and [c["after"] for c in found] == sorted((c["after"] for c in found), reverse=True)
-
-    def said(pairs):
-        values = []
-        with editing.intervene(model, hook, sae, tokenizer, pairs):
-            for prompt, more in zip(prompts, written, strict=True):
-                for i in range(len(more) + 1):
-                    with editing.stating(model, [prompt]):
-                        values.append(model(torch.tensor([prompt + more[:i]])).logits[0, -1].double().softmax(-1)[tokens].sum().item())
-        return sum(values) / len(values)
-
+    found = choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, sets, pairs_of)
+    assert {c["latents"][0] for c in found} == set(pool) and [c["beyond"] for c in found] == sorted((c["beyond"] for c in found), reverse=True)
+    said = lambda pairs, tokens: sum(odds64(heard_by_hand(model, tokenizer, hook, sae, prompt, more, tokens, pairs, True)) for prompt, more in zip(prompts, written, strict=True)) / 3
     for c in found:
-        assert c["before"] == pytest.approx(said([]), rel=1e-3) and c["after"] == pytest.approx(said(pairs_of(c["latents"])), rel=1e-3) and c["why"] == "text"
+        change, like = (said(pairs_of(c["latents"]), tokens) - said([], tokens) for tokens in sets)
+        assert c["change"] == pytest.approx(change, abs=1e-3) and c["beyond"] == pytest.approx(change - like, abs=2e-3) and c["why"] == "text"
 
 
 def test_edits_for_a_topic_by_what_the_model_writes(place):
     model, tokenizer, hook, sae = place
     model.generation_config.eos_token_id = tokenizer.eos_token = None  # texts of a known length
-    prompts = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)]
-    written = editing.generate(model, tokenizer, prompts, 6)
-    as_text, words = u.TokenText(tokenizer), ["dog", "cat", "see", "big", "red"]
+    prompts, sets = [[3, *torch.randint(4, 24, (n,)).tolist()] for n in (4, 6, 5)], [[5, 9, 14], [6, 7, 20, 21]]
+    own = choosing.write(model, tokenizer, prompts, sets, 6)
     pairs_of = lambda latents, strength: [(editing.set_value(latents, strength), "generated")]
     arms = [([int(i)], 40.0) for i in torch.randperm(48)[:5]] + [([3, 7], 20.0), ([3, 7], 10.0)]
-    find = lambda most: choosing.topic_trials(model, tokenizer, hook, sae, prompts, written, arms, words, pairs_of, as_text, most, at_once=9)
-    found = find(99.0)
-    assert sorted((c["latents"], c["strength"]) for c in found) == sorted(arms) and [(-c["said"], -c["count"], c["cost"]) for c in found] == sorted((-c["said"], -c["count"], c["cost"]) for c in found)
+    found = choosing.topic_trials(model, tokenizer, hook, sae, prompts, own, arms, sets, pairs_of, at_once=9)
+    assert [(c["latents"], c["strength"]) for c in found] == arms
     for c in found:
         with editing.intervene(model, hook, sae, tokenizer, pairs_of(c["latents"], c["strength"])):
-            alone = [editing.generate(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
-        counts = [sum(word in words for word in as_text(ids).split()) for ids in alone]
-        assert c["said"] == sum(n > 0 for n in counts) and c["count"] == sum(counts) and c["of"] == 3
-        assert c["cost"] == pytest.approx(editing.surprise(model, prompts, alone) - editing.surprise(model, prompts, written), abs=1e-3)
-    limit = sorted(c["cost"] for c in found)[3] + 1e-6
-    dear = [c["cost"] > limit for c in find(limit)]
-    assert dear == sorted(dear) and sum(dear) <= 3  # those that cost too much come last
+            alone = [choosing.write(model, tokenizer, [prompt], sets, 6) for prompt in prompts]
+        texts, (change, like) = [text for (text,), _ in alone], (torch.cat([odds for _, odds in alone]) - own[1]).T
+        assert c["change"] == pytest.approx(change.mean().item(), abs=1e-3) and c["beyond"] == pytest.approx((change - like).mean().item(), abs=1e-3)
+        assert c["rise"] in {int((change > r * choosing.ROUNDING).sum()) for r in (0.9, 1.1)} and c["of"] == 3
+        assert c["cost"] == pytest.approx(editing.surprise(model, prompts, texts) - editing.surprise(model, prompts, own[0]), abs=1e-3)
+        assert c["repeats"] == pytest.approx(choosing.repeated(texts) - choosing.repeated(own[0]))
     with pytest.raises(u.UserError, match="writes nothing"):
-        choosing.topic_trials(model, tokenizer, hook, sae, prompts, [[], [], []], arms, words, pairs_of, as_text, 1.0)
+        choosing.topic_trials(model, tokenizer, hook, sae, prompts, ([[], [], []], own[1]), arms, sets, pairs_of)
+
+
+def test_strengths_are_sought_by_halving(monkeypatch):
+    """A text of latent 1 can bear 5 and of latents 2, 3 together 2.2; what is raised grows with the strength."""
+    rounds = []
+
+    def fake(model, tokenizer, hook, sae, prompts, own, arms, *rest):
+        rounds.append(arms)
+        return [{"latents": g, "strength": s, "beyond": s * len(g), "cost": s - (5 if g == [1] else 2.2), "repeats": 0.0} for g, s in arms]
+
+    monkeypatch.setattr(choosing, "topic_trials", fake)
+    found = choosing.topic_search(None, None, "", None, [], None, [[1], [2, 3]], 8.0, [], None, lambda cost, repeats: ["dear"] * (cost > 0))
+    assert rounds == [[([1], 4.0), ([2, 3], 4.0)], [([1], 6.0), ([2, 3], 2.0)], [([1], 5.0), ([2, 3], 3.0)]]
+    assert (found[0]["latents"], found[0]["strength"]) == ([1], 5.0) and len(found) == 6
+    assert [c["beyond"] for c in found[:3]] == [5.0, 4.0, 4.0] and all(c["cost"] > 0 for c in found[3:])
+
+
+def test_words_as_frequent_as_a_topics():
+    """Tokens 2 i are words of their own; how often each stands in the text is known."""
+    counts = {2: 9, 4: 30, 6: 3, 8: 28, 10: 2, 12: 27, 14: 100, 16: 1}
+    token = torch.tensor([t for t, n in counts.items() for _ in range(n)])
+    token = token[torch.randperm(len(token))]
+    next_token = torch.zeros_like(token)
+    find = lambda tokens, times=10: choosing.as_frequent(token, next_token, Spaced(), tokens, times)
+    assert find([2]) == [6, 12] and find([12]) == [2, 4, 8] and find([2, 12]) == [4, 6, 8] and find([40]) == [6, 10, 16]  # 40 stands nowhere: as if once
+    drawn = {tuple(choosing.as_frequent(token, next_token, Spaced(), [12], 1, seed)) for seed in range(30)}
+    assert drawn == {(2,), (4,), (8,)}
 
 
 @pytest.mark.parametrize(("words", "target", "message"), [([3], "", "not 3"), ([" "], "", "not ' '"), (["war"], "red", "two experiments")])

@@ -339,11 +339,19 @@ def test_an_edit_stands_out_or_it_does_not(edit, controls, lowers, p, stands_out
     assert ("can be had" in judged["says"]) == (len(controls) < 19)
 
 
-def test_a_topic_that_costs_too_much_does_not_stand_out():
-    told = lambda cost: patching.verdict(0.9, [0.1] * 20, did="brought it into as many", cost=cost)
-    assert told(1.0)["stands_out"] and told(-0.3)["stands_out"] and "none of 20 brought it into as many)." in told(1.0)["says"]
-    assert not told(1.01)["stands_out"] and told(1.01)["p"] == pytest.approx(1 / 21)
-    assert "It does not stand out" in told(2.5)["says"] and "cost of 2.50 nats per token, which is more than 1)." in told(2.5)["says"]
+def test_a_topic_in_a_broken_text_does_not_stand_out():
+    told = lambda cost, repeats=0.0: patching.verdict(0.9, [0.1] * 20, broken=patching.breaks(cost, repeats))
+    assert told(1.0, 0.2)["stands_out"] and told(-0.3)["stands_out"] and "none of 20 moved the log-odds as far)." in told(1.0)["says"]
+    assert not told(1.01)["stands_out"] and told(1.01)["p"] == pytest.approx(1 / 21) and not told(0.0, 0.21)["stands_out"]
+    assert "It does not stand out" in told(2.5)["says"] and "as far; at a cost of 2.50 nats per token, which is more than 1)." in told(2.5)["says"]
+    assert "as far; in a text that repeats itself: the share of tokens said before is 67 points larger, more than 20)." in told(-0.5, 2 / 3)["says"]
+
+
+def test_one_word_over_and_over_costs_no_surprise_and_is_caught():
+    """A model that has learnt to repeat: *war war war* surprises it less than what it wrote, and holds one word again and again."""
+    own, collapsed = [[11, 12, 13, 14, 15, 16]], [[9, 9, 9, 9, 9, 9]]
+    broken = patching.breaks(-0.4, choosing.repeated(collapsed) - choosing.repeated(own))
+    assert len(broken) == 1 and not patching.verdict(5.0, [0.1] * 20, broken=broken)["stands_out"]
 
 
 def test_an_edit_that_is_one_of_its_controls_rarely_stands_out(fresh_seed):
@@ -360,7 +368,7 @@ def test_the_edit_beside_its_controls(fresh_seed):
     assert found["control_interval"] == pytest.approx(means.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist())
     assert found["prompts"] == 40 and found["p"] == 0.05 and found["controls_as_good"] == 0 and found["stands_out"] and found["control_extreme"] == means.max()
     down = patching.compared(-change, controls, fresh_seed, lowers=True)
-    assert down["control_extreme"] == means.min() and down["stands_out"] and not patching.compared(change, controls, fresh_seed, cost=1.5)["stands_out"]
+    assert down["control_extreme"] == means.min() and down["stands_out"] and not patching.compared(change, controls, fresh_seed, broken=["dear"])["stands_out"]
     half = 1.96 * change.std(correction=0).item() / math.sqrt(40)
     low, high = found["change_interval"]
     assert high - low == pytest.approx(2 * half, rel=0.15) and (low + high) / 2 == pytest.approx(change.mean().item(), abs=0.3 * half)
@@ -434,14 +442,24 @@ def test_where_nothing_stands_out_the_candidates_are_named(result):
     assert "Nothing stands out" not in patching.findings(result)[1]
 
 
+def test_a_word_that_is_never_said_is_told_first(result):
+    never = patching.findings(result | {"target_is_first_choice": 0})[0]
+    assert never.startswith("Swap of latents 7 (<i>own</i>), 8 at scope last: '<b>' is the first choice on none of 2 prompts; its log-odds changed by +2.6 on average")
+    assert "It stands out from its controls" in never and "none of" not in patching.findings(result)[0].split("changed by")[0]
+    assert "the log-odds of '<b>' changed" in patching.findings(result | {"target_is_first_choice": 0, "lowers": True})[0]
+
+
 def test_the_findings_of_a_topic(result, tmp_path):
-    beside = patching.compared(torch.tensor([1.0, 0.0]), [torch.tensor([0.0, 0.0])] * 20, 0, did="brought it into as many", cost=0.5)
+    beside = patching.compared(torch.tensor([1.0, 0.5]), [torch.tensor([0.2, 0.0])] * 20, 0)
     topic = result | beside | {"topic_words": ["war", "<army>", "a", "b", "c"], "topic_said": 2, "topic_said_before": 1, "topic_count": 7, "topic_count_before": 3, "attribution": [], "ablation_log_odds_change": []}
+    topic |= {"topic_moved": 2, "repeats": [0.25, 0.3], "topic_beyond": 0.6}
     said = patching.findings(topic)
-    assert "words of the topic (war, <army>, a, b, …) stand in 2 of 2 continuations, 7 in all, against 1, 3 in all, without the edit: 50% more" in said[0]
-    assert "0% on average, at most 0%)" in said[0] and "by 1.50 nats per token, its own by 0.50. It stands out" in said[0]
+    assert "words of the topic (war, <army>, a, b, …) rise in 2 of 2 continuations; the log-odds that one comes next changed by +0.8 on average" in said[0]
+    assert "+0.1 on average, 90 % of them +0.1 to +0.1, at most +0.1). It stands out from its controls (p = 0.048" in said[0]
+    assert "as far). That is +0.6 beyond words as frequent." in said[0]
+    assert "One of the words stands in 2 continuations, 7 in all, against 1, 3 in all, without the edit; the text surprises the unpatched model by 1.50 nats per token, its own by 0.50, and 30% of its tokens stand in it before, of its own 25%." in said[0]
     page = patching.write_page(tmp_path / "p.html", "T", topic | {"findings": said})
-    assert "Words of the topic: <b>war, &lt;army&gt;" in page and "-2 → 0" in page  # log-odds here, cut to whole numbers as counts are
+    assert "Words of the topic: <b>war, &lt;army&gt;" in page and "log-odds of the topic" in page and "-2.2 → +0.8" in page
 
 
 def test_an_edit_that_reaches_no_position_is_told():

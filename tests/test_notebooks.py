@@ -243,13 +243,13 @@ def test_a_topic_is_brought_into_what_the_model_writes(run):
     patched = experiment.launch("patch_neurons", ["-p", "run_dir", str(run), "-y", json.dumps(topic)])
     result, page = read(patched / "patching.json"), (patched / "patching.html").read_text()
     assert result["scope"] == "generated" and result["operation"] == "set_value" and all(n > 10 for n in result["positions_edited"]) and not result["silenced"]
-    assert result["strength"] / 2.4 in (1, 0.75, 0.5, 0.25) and result["edits"][0]["strength"] == result["strength"] and len(result["edited"]) <= 2
+    assert result["strength"] / 2.4 * 8 in range(1, 8) and result["edits"][0]["strength"] == result["strength"] and len(result["edited"]) <= 2
     texts = {arm: ["".join(piece["text"] for piece in row[arm]) for row in result["comparison"]] for arm in ("original", "patched")}
-    assert [row["after"] for row in result["comparison"]] == [text.split().count("zoo") for text in texts["patched"]]
     assert result["topic_said"] == sum("zoo" in text for text in texts["patched"]) > result["topic_said_before"] == sum("zoo" in text for text in texts["original"])
-    assert result["change"] == pytest.approx((result["topic_said"] - result["topic_said_before"]) / 10) and result["p"] == pytest.approx((result["controls_as_good"] + 1) / 21)
-    cost = {row["dose"]: row["surprise"] for row in result["doses"]}
-    assert result["stands_out"] == (result["p"] <= 0.05 and cost[1.0] - cost[0.0] <= 1) and "Words of the topic: <b>zoo" in page and result["attribution"] == []
+    change = [row["after"] - row["before"] for row in result["comparison"]]
+    assert result["change"] == pytest.approx(sum(change) / 10) and result["topic_moved"] == sum(c > 1e-3 for c in change) and result["p"] == pytest.approx((result["controls_as_good"] + 1) / 21)
+    cost, (own, repeats) = {row["dose"]: row["surprise"] for row in result["doses"]}, result["repeats"]
+    assert result["stands_out"] == (result["p"] <= 0.05 and cost[1.0] - cost[0.0] <= 1 and repeats - own <= 0.2) and "Words of the topic: <b>zoo" in page and result["attribution"] == []
 
 
 def test_the_model_says_its_word_by_the_latent_that_announces_it(patch):
