@@ -409,7 +409,9 @@ def first_page(pages: Report, params: dict, sae: sae_utils.SAE, metrics: dict) -
     pages.page()
     pages.line(f"Sparse autoencoder: {params['model_name']}, layer {params['layer']}", size=16, weight="bold")
     about = f"{sae.config['hook_name']}, {sae.d_in} wide, {sae.d_sae:,} latents ({sae.architecture}); text: {params['dataset_name']}"
-    pages.line(about, color="0.3", gap=2.5)
+    pages.line(about, color="0.3", gap=1.3 if "source" in sae.config else 2.5)
+    if "source" in sae.config:
+        pages.line(f"trained before, read from {sae.config['source']} ({sae.config['format']})", color="0.3", gap=2.5)
     for sentence in metrics["findings"]:
         pages.paragraph(sentence, size=10)
     pages.heading("What deserves a second look")

@@ -240,7 +240,8 @@ def test_papermills_errors_say_what_was_raised(tmp_path):
 
 
 @relied_on_by("experiment.main (lines that say nothing are left out of the log)")
-def test_papermill_logs_by_its_own_name(tmp_path, caplog):
+def test_papermill_logs_by_its_own_name(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("papermill"), "filters", [])  # experiment.main puts its own there, for the whole process
     path = u.ROOT / "notebooks" / "patch_neurons.ipynb"
     with caplog.at_level(logging.WARNING, logger="papermill"):
         papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), {"no_such_name": 1}, prepare_only=True)
