@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing import plugin_event_multiplexer
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import backend_context
@@ -397,7 +398,8 @@ def test_tensorboard_shows_what_varies_and_the_headline_figures_first(tmp_path):
     assert sorted(infos["chat"].domain_discrete) == ["false", "true"]
     assert (infos["k"].domain_interval.min_value, infos["k"].domain_interval.max_value) == (32, 64) and not {"run_dir", "device", "checkpoint_minutes"} & set(infos)
     assert [info.name.tag for info in shown.metric_infos][:5] == ["Final/ce_increase", "Final/ce_recovered", "Final/dead", "Final/fvu", "Final/l0"]
-    assert found.Scalars("0-32", "Final/ce_increase")[0].value == 0.5 and found.Scalars("0-64", "Final/l0")[0].value == 7.0
+    events = EventAccumulator(str(tmp_path / "0-32")).Reload()
+    assert events.Scalars("Final/ce_increase")[0].value == 0.5 and events.Scalars("Final/l0")[0].value == 7.0
 
 
 def test_the_notebook_on_made_up_runs(tmp_path, capsys):
