@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def cells(runs: list[Run]) -> list[list[str]]:
     lines = [["run", *names, "L0", "fvu", "CE increase", "CE recovered", "KL", "dead"]]
     for run in runs:
         figure, (_, low, high) = run.figures, run.metrics["fidelity"]["sae"]["ce_increase"]
-        optional = [f"{figure[name]:.3g}" if name in figure else "-" for name in ("ce_recovered", "kl")]
+        optional = [f"{figure[name]:{form}}" if name in figure else "-" for name, form in (("ce_recovered", ".3f"), ("kl", ".2g"))]
         rise = f"{figure['ce_increase']:+.4f}\n{low:+.4f} to {high:+.4f}"
         doubted = "*" * any(remark.startswith("doctor") for remark in run.remarks)
         lines.append([run.name + doubted, *(str(run.values.get(name, "-")) for name in names), f"{figure['l0']:.1f}", f"{figure['fvu']:.4f}", rise, *optional, f"{figure['dead']:.1%}"])
@@ -67,12 +68,9 @@ def cells(runs: list[Run]) -> list[list[str]]:
 
 def joined(runs: list[Run], *figures: str) -> list[dict]:
     """An entry for each of the settings: its `runs` (seeds) and of each figure (mean, lowest, highest)."""
-    of = lambda seeds, name: [run.figures[name] for run in seeds]
-    return [
-        {"runs": seeds, "architecture": seeds[0].settings["architecture"]}
-        | {name: (float(np.mean(of(seeds, name))), min(of(seeds, name)), max(of(seeds, name))) for name in figures}
-        for seeds in grouped(runs, lambda run: run.settings)
-    ]
+    spread = lambda values: (float(np.mean(values)), min(values), max(values))
+    groups = grouped(runs, lambda run: run.settings)
+    return [{"runs": seeds} | {name: spread([run.figures[name] for run in seeds]) for name in figures} for seeds in groups]
 
 
 def pareto(points: list[tuple[float, float]]) -> list[int]:
@@ -160,3 +158,92 @@ def stability(run: Run, group: list[Run], above: float = 0.9, most: int = 3) -> 
         "other": float(np.mean([share(best_match(rows, live(other)[1])[0]) for other in others])) if others else None, "others": [other.name for other in others],
         "random": share(best_match(rows, noise)[0]), "each": cosine.mean(0)[which] if seeds else np.array([]),
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------
+
+
+COLOURS = {name: f"C{i}" for i, name in enumerate(sae_utils.ARCHITECTURES)}
+MARKS = {"pca": ("s", "principal components"), "kmeans": ("^", "k-means"), "untrained": ("x", "random directions")}  # of YARDSTICKS
+
+
+def in_digits(*log_axes) -> None:
+    """Plain numbers along logarithmic axes: powers of ten, twice and five times these."""
+    for axis in log_axes:
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        axis.set_tick_params(which="both", labelsize="small")
+
+
+def front(ax, group: list[Run], figure: str) -> None:
+    """L0 against a figure, yardsticks in grey, and for each architecture its settings and the line of its front."""
+    for arm, (mark, label) in MARKS.items():
+        of = [run.metrics["fidelity"][arm] for run in group]
+        ax.plot([a["l0"][0] for a in of], [a[figure][0] for a in of], mark, color="0.6", ms=4, label=label)
+    for alike in grouped(group, lambda run: {"": run.settings["architecture"]}):
+        points, architecture = joined(alike, "l0", figure), alike[0].settings["architecture"]
+        x, y = (np.array([point[name] for point in points]) for name in ("l0", figure))
+        reach, style = (lambda v: np.abs(v[:, 1:] - v[:, :1]).T), {"color": COLOURS.get(architecture, "black")}
+        ax.errorbar(x[:, 0], y[:, 0], xerr=reach(x), yerr=reach(y), fmt="o", ms=4, capsize=2, lw=1, label=architecture, **style)
+        best = pareto(list(zip(x[:, 0].tolist(), y[:, 0].tolist(), strict=True)))
+        ax.plot(x[best, 0], y[best, 0], lw=1.2, **style)
+        for i in best:
+            words = str(points[i]["runs"][0].settings.get(sae_utils.ARCHITECTURES[architecture].knob, ""))
+            ax.annotate(words, (x[i, 0], y[i, 0]), (4, 4), textcoords="offset points", fontsize=7, **style)
+
+
+def fronts_figure(fig, group: list[Run]) -> None:
+    """The rise of cross-entropy and fvu against L0. A rise may be below zero: its axis is linear near it then."""
+    for ax, figure, label in zip(fig.subplots(1, 2), ("ce_increase", "fvu"), ("rise of cross-entropy (nats)", "fvu"), strict=True):
+        front(ax, group, figure)
+        linear = min(run.metrics["fidelity"][arm][figure][0] for run in group for arm in ("sae", *MARKS)) <= 0
+        ax.set_yscale("symlog", linthresh=1e-3) if linear else ax.set_yscale("log")
+        ax.margins(x=0.12)
+        ax.set(xscale="log", xlabel="L0 (latents active per token)", ylabel=label + ", linear within 0.001 of 0" * linear)
+        in_digits(ax.xaxis, ax.yaxis)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+
+
+def heat_figure(fig, xs: list, ys: list, means: np.ndarray, counts: np.ndarray, x: str, y: str, figure: str) -> None:
+    """What `heat` returns, each cell with its value and the number of runs."""
+    ax = fig.add_subplot()
+    image = ax.imshow(means, cmap="viridis", aspect="auto", origin="lower")
+    fig.colorbar(image, ax=ax, label=figure)
+    ax.set(xticks=range(len(xs)), xticklabels=map(str, xs), yticks=range(len(ys)), yticklabels=map(str, ys), xlabel=x, ylabel=y)
+    for (b, a), mean in np.ndenumerate(means):
+        style = {"ha": "center", "va": "center", "fontsize": 8 if len(xs) <= 12 else 5, "color": "white" if image.norm(mean) < 0.6 else "black"}
+        ax.text(a, b, f"{mean:.3g}\nn {counts[b, a]}" if counts[b, a] else "", **style)
+
+
+def curves_figure(fig, group: list[Run]) -> None:
+    """fvu, L0 and the share of silent latents on watched rows, epoch by epoch; a legend where there is room for one."""
+    panels = {"held_out_fvu": "fvu", "held_out_l0": "L0", "held_out_dead": "share of latents silent"}
+    for ax, (column, title) in zip(fig.subplots(1, 3), panels.items(), strict=True):
+        for i, run in enumerate(group):
+            style = {"color": plt.cm.tab20(i % 20), "ls": ("-", "--", ":", "-.")[i // 20 % 4], "label": sae_utils.plot_text(run.name)}
+            ax.plot([h["step"] for h in run.history], [h.get(column, np.nan) for h in run.history], ".", ms=3, lw=1, **style)
+        ax.set(xlabel="step", title=title, yscale="linear" if column == "held_out_dead" else "log")
+        in_digits(*[ax.yaxis] * (column != "held_out_dead"))
+    if len(group) <= 40:
+        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
+
+
+def stability_figure(fig, stable: list[dict], above: float) -> None:
+    """What `stability` returns of some runs: the three shares, and every latent's own stability from the highest down."""
+    bars, curves = fig.subplots(1, 2, width_ratios=[1, 1.2])
+    where, names = np.arange(len(stable)), [sae_utils.plot_text(s["run"]) for s in stable]
+    for i, (arm, label, colour) in enumerate((("same", "same settings", "tab:blue"), ("other", "other settings", "tab:orange"), ("random", "random", "0.6"))):
+        drawn = bars.barh(where + 0.27 * (i - 1), [s[arm] or 0 for s in stable], 0.25, label=label, color=colour)
+        bars.bar_label(drawn, ["" if s[arm] is None else f"{s[arm]:.1%}" for s in stable], fontsize=5, padding=2)
+    bars.set(yticks=where, yticklabels=names, xlim=(0, 1.1), xlabel=f"share of live latents with a match above {above:g}")
+    bars.tick_params(axis="y", labelsize="x-small")
+    bars.invert_yaxis()
+    bars.legend(fontsize="x-small")
+    for i, (s, name) in enumerate(zip(stable, names, strict=True)):
+        curves.plot(np.linspace(0, 1, len(s["each"])), np.sort(s["each"])[::-1], lw=1, color=plt.cm.tab20(i % 20), label=name)
+    curves.axhline(above, color="black", lw=0.7, ls=":")
+    curves.set(xlabel="share of live latents", ylabel="mean best cosine in the other seeds", ylim=(0, 1.02), title="Each latent's own stability")
+    if len(stable) <= 20:
+        curves.legend(fontsize="xx-small")

@@ -164,9 +164,11 @@ def find_runs(root: Path, patterns: str = "*", whole: bool = True) -> list[Run]:
     """Every run under `root` whose folder's name fits one of the `patterns`, by name. UserError where there is none."""
     holds = lambda folder: any(folder.glob(f"{NOTEBOOK}.*")) or any((folder / name).exists() for name in ("params.json", "metrics.json", "sae.pth"))
     folders = [f for f in sorted(root.glob("*/")) if f.name not in experiment.KEPT and not f.name.startswith(".") and holds(f)]
+    if not folders:
+        raise UserError(f"there is no run in {sae_utils.show_path(root)} yet: try `make demo`.")
     fitting = [f for f in folders if any(fnmatch(f.name, pattern) for pattern in patterns.split())]
     if not fitting:
-        raise UserError(f"no run in {sae_utils.show_path(root)} is called {patterns!r}; there are: {', '.join(f.name for f in folders) or 'none yet'}.")
+        raise UserError(f"no run in {sae_utils.show_path(root)} is called {patterns!r}; there are: {', '.join(f.name for f in folders)}.")
     return [read_run(folder, whole) for folder in fitting]
 
 

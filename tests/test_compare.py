@@ -156,7 +156,7 @@ def test_what_is_only_remarked(tmp_path):
 
 
 def test_patterns_and_an_empty_folder(tmp_path):
-    with pytest.raises(u.UserError, match="no run in .* is called '.'; there are: none yet"):
+    with pytest.raises(u.UserError, match="there is no run in .* yet: try `make demo`"):
         listing.find_runs(tmp_path)
     for name in ("a-1", "a-2", "b-1", "b-2"):
         make_run(tmp_path, name)
@@ -208,7 +208,7 @@ def test_seeds_are_joined_and_nothing_else(tmp_path):
     make_run(tmp_path, "k8", k=8, fvu=0.125)
     make_run(tmp_path, "relu", architecture="relu", eval_windows=100)
     points = comparing.joined(listing.find_runs(tmp_path), "l0", "fvu")
-    assert [(len(p["runs"]), p["architecture"]) for p in points] == [(3, "batchtopk"), (1, "batchtopk"), (1, "relu")]
+    assert [(len(p["runs"]), p["runs"][0].settings["architecture"]) for p in points] == [(3, "batchtopk"), (1, "batchtopk"), (1, "relu")]
     assert points[0]["fvu"] == (0.375, 0.25, 0.5) and points[0]["l0"] == (5.0, 4.0, 6.0) and points[1]["fvu"] == (0.125, 0.125, 0.125)
 
 
@@ -410,6 +410,8 @@ def test_the_notebook_on_made_up_runs(tmp_path, capsys):
         make_run(tmp_path, f"relu-{seed} $1", seed=seed, architecture="relu", fvu=0.75, l0=20.0, doctor=[hostile])
     make_run(tmp_path, "other-layer", layer=2)
     cut("metrics.json")(make_run(tmp_path, "spoilt"))
+    assert experiment.main(["compare_runs", "-p", "runs_dir", str(tmp_path), "-p", "axes", "layer kk"]) == 2
+    assert re.match("Error: kk cannot be shown: axes takes two of layer, architecture, .*; figure one of fvu, .*, ce_increase; two the names of two runs", capsys.readouterr().err) and not (tmp_path / "compare").exists()
     code = experiment.main(["compare_runs", "-p", "runs_dir", str(tmp_path), "-p", "sort", "l0"])
     assert code == 0, capsys.readouterr().err
     out = tmp_path / "compare"
