@@ -224,8 +224,10 @@ def curves_figure(fig, group: list[Run]) -> None:
         for i, run in enumerate(group):
             style = {"color": plt.cm.tab20(i % 20), "ls": ("-", "--", ":", "-.")[i // 20 % 4], "label": sae_utils.plot_text(run.name)}
             ax.plot([h["step"] for h in run.history], [h.get(column, np.nan) for h in run.history], ".", ms=3, lw=1, **style)
-        ax.set(xlabel="step", title=title, yscale="linear" if column == "held_out_dead" else "log")
-        in_digits(*[ax.yaxis] * (column != "held_out_dead"))
+        values = [h[column] for run in group for h in run.history if column in h]
+        wide = column != "held_out_dead" and max(values, default=0) > 3 * min(values, default=0) > 0
+        ax.set(xlabel="step", title=title, yscale="log" if wide else "linear")
+        in_digits(*[ax.yaxis] * wide)
     if len(group) <= 40:
         fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
 
@@ -237,13 +239,12 @@ def stability_figure(fig, stable: list[dict], above: float) -> None:
     for i, (arm, label, colour) in enumerate((("same", "same settings", "tab:blue"), ("other", "other settings", "tab:orange"), ("random", "random", "0.6"))):
         drawn = bars.barh(where + 0.27 * (i - 1), [s[arm] or 0 for s in stable], 0.25, label=label, color=colour)
         bars.bar_label(drawn, ["" if s[arm] is None else f"{s[arm]:.1%}" for s in stable], fontsize=5, padding=2)
-    bars.set(yticks=where, yticklabels=names, xlim=(0, 1.1), xlabel=f"share of live latents with a match above {above:g}")
-    bars.tick_params(axis="y", labelsize="x-small")
+    bars.set_yticks(where, names, fontsize="x-small")
+    bars.set(xlim=(0, 1.1), xlabel=f"share of live latents with a match above {above:g}")
     bars.invert_yaxis()
     bars.legend(fontsize="x-small")
     for i, (s, name) in enumerate(zip(stable, names, strict=True)):
         curves.plot(np.linspace(0, 1, len(s["each"])), np.sort(s["each"])[::-1], lw=1, color=plt.cm.tab20(i % 20), label=name)
     curves.axhline(above, color="black", lw=0.7, ls=":")
     curves.set(xlabel="share of live latents", ylabel="mean best cosine in the other seeds", ylim=(0, 1.02), title="Each latent's own stability")
-    if len(stable) <= 20:
-        curves.legend(fontsize="xx-small")
+    curves.legend(fontsize="xx-small") if len(stable) <= 20 else None
