@@ -137,6 +137,16 @@ $(CELLS): sweep-activations
 	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P) -p layer $(word 2,$(subst /, ,$@)) \
 	  -p l1_coeff $(word 3,$(subst /, ,$@)) -p run_dir runs/$(SWEEP)-L$(word 2,$(subst /, ,$@))-l1_$(word 3,$(subst /, ,$@))
 
+.PHONY: compare runs remove
+compare: $(READY) ## finished runs side by side, into runs/compare/: [RUNS="pattern"] [SORT=fvu] [AXES="layer k"] [FIGURE=fvu] [P=]
+	$(LAUNCH) compare_runs $(if $(RUNS),-p runs '$(RUNS)') $(if $(SORT),-p sort '$(SORT)') $(if $(AXES),-p axes '$(AXES)') $(if $(FIGURE),-p figure '$(FIGURE)') $(P)
+
+runs: $(READY) ## a table of all runs: [RUNS="pattern"]
+	@$(LAUNCH) runs $(if $(RUNS),'$(RUNS)')
+
+remove: $(READY) ## throw a run away, after a question: RUN=name [YES=1: without it]
+	$(if $(RUN),,$(error say which run: make remove RUN=name))@$(LAUNCH) remove '$(RUN)' $(if $(filter 1,$(YES)),yes)
+
 .PHONY: tensorboard
 tensorboard: $(READY) ## watch all runs
 	$(VENV)/bin/tensorboard --logdir runs

@@ -28,6 +28,7 @@ import sae_utils
 
 
 FREE = {"device", "checkpoint_minutes"}  # parameters that do not change what an experiment is
+KEPT = ("activations", "tiny-model", "tiny-world", "compare")  # folders under runs/ that are no runs
 
 
 @dataclass
@@ -131,7 +132,7 @@ def run_folder(params: dict) -> tuple[Path, bool]:
     suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "trained_sae", *FREE})
     name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", Path(params["trained_sae"]).name, suffix)
     run_dir = sae_utils.resolve(params["run_dir"] or f"runs/{name}")
-    if run_dir in [sae_utils.ROOT / "runs" / taken for taken in ("", "activations", "tiny-model", "tiny-world")]:
+    if run_dir in [sae_utils.resolve(f"runs/{taken}") for taken in ("", *KEPT)]:
         raise sae_utils.UserError(f"{sae_utils.show_path(run_dir)} is kept for other things: choose another run name.")
     refuse_other_params(run_dir / "params.json", params)
     return run_dir, (run_dir / ".done").exists()
@@ -241,11 +242,20 @@ def record_params(file: Path, params: dict, **more) -> None:
     })  # fmt: skip
 
 
+def compare_folder(params: dict) -> tuple[Path, bool]:
+    """Where a comparison of runs goes, and False: it is made anew each time."""
+    root = sae_utils.resolve(params["runs_dir"])
+    if not root.is_dir():
+        raise sae_utils.UserError(f"there is no folder {sae_utils.show_path(root)} with runs in it.")
+    return root / "compare", False
+
+
 # Where a notebook's executed copy goes, and whether what it makes is finished already.
 FOLDERS = {
     "sae_training": run_folder,
     "patch_neurons": patch_folder,
     "tiny_model": lambda params: (sae_utils.resolve(params["world_dir"]), False),
+    "compare_runs": compare_folder,
 }
 
 
@@ -415,12 +425,29 @@ def publish(run_dir: str, repo: str, format: str = "saelens", *words: str) -> Pa
     return publishing.publish(finished_run(run_dir), export(run_dir, format), repo, dry_run="dry" in words, private="public" not in words)
 
 
+def list_runs(patterns: str = "*") -> None:
+    """Prints a table of the runs under runs/ whose names fit."""
+    import listing
+
+    print(listing.table_of_runs(sae_utils.ROOT / "runs", patterns))
+
+
+def remove_run(name: str, *words: str) -> None:
+    """Deletes a run under runs/; the word "yes" answers the question before it is asked."""
+    import listing
+
+    gone = listing.remove(sae_utils.ROOT / "runs", name, "yes" in words)
+    print("deleted" if gone else "left as it is")
+
+
 JOBS = {  # what a first word that is no notebook does
     "activations": lambda layers, *flags: harvest_layers(layers, [*flags]),  # LAYERS: their rows, in one pass
     "labels": relabel,  # RUN: its features.html anew
     "features": lambda source, *flags: judge(source, [*flags]),  # SAE: looked at as our own is
     "check": lambda *flags: check_model([*flags]),  # whether a model will do
     "export": export,  # RUN FORMAT [FOLDER]: its SAE for other tools
+    "runs": list_runs,  # [PATTERNS]: a table of them
+    "remove": remove_run,  # RUN [yes]: throws it away
     "publish": publish,  # RUN REPO [FORMAT] [dry] [public]: that on the hub, with a card
 }
 

@@ -22,6 +22,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 
 import fidelity
 import sae_utils
@@ -493,7 +494,12 @@ def write_overview(path: Path, title: str, four: list) -> None:
 
 
 def add_to_tensorboard(writer, params: dict, metrics: dict, drawings: dict) -> None:
-    """Figures, settings, the table of fidelity and findings, and the parameters beside the results (HParams)."""
+    """Figures, settings, the table of fidelity and findings, and the parameters beside the results (HParams).
+
+    HParams takes the columns of all runs from the first summary of an experiment that it meets, and torch's `add_hparams`
+    writes one into each run. Without any it looks at the runs themselves, and what varies between them comes first. Every
+    scalar is a result to it then, in the order of their names, five of them shown at once: "Final" stands before "epoch".
+    """
     for name, draw in drawings.items():
         fig = plt.figure(figsize=(8, 5), layout="constrained")
         draw(fig)
@@ -501,5 +507,11 @@ def add_to_tensorboard(writer, params: dict, metrics: dict, drawings: dict) -> N
     writer.add_text("settings", markdown_table([["parameter", "value"], *params.items()]))
     writer.add_text("fidelity", markdown_table(fidelity.cells(metrics["fidelity"])))
     writer.add_text("findings", "\n\n".join(metrics["findings"]))
-    final = {f"final/{name}": metrics[name] for name in ("fvu", "l0", "dead", "ce_spliced", "ce_recovered", "kl") if metrics[name] is not None}
-    writer.add_hparams({name: value for name, value in params.items() if name not in ("run_dir", "device")}, final, run_name=".")
+    final = {name: metrics[name] for name in ("fvu", "l0", "dead", "ce_recovered")} | {"ce_increase": metrics["ce_spliced"] - metrics["ce_clean"]}
+    final = {f"Final/{name}": value for name, value in final.items() if value is not None}
+    what = {name: str(value).lower() if isinstance(value, bool) else value for name, value in params.items() if name not in ("run_dir", "device", "checkpoint_minutes")}
+    _, begin, end = hparams(what, final)
+    for summary in (begin, end):
+        writer.file_writer.add_summary(summary)
+    for name, value in final.items():
+        writer.add_scalar(name, value)

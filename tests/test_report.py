@@ -223,7 +223,7 @@ def test_overview_and_tensorboard(tmp_path, metrics):
     assert events.Tags()["images"] == ["one", "two"] and not plt.get_fignums()
     text = lambda name: events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| model_name | a\\|b |" in text("settings") and "| FVU |" in text("fidelity") and text("findings") == "first $$ 猫\n\nsecond"
-    assert events.Scalars("final/fvu")[0].value == 0.25 and "final/ce_recovered" not in events.Tags()["scalars"]
+    assert events.Scalars("Final/fvu")[0].value == 0.25 and "Final/ce_recovered" not in events.Tags()["scalars"]
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert set(plugin_data_pb2.HParamsPluginData.FromString(start).session_start_info.hparams) == {"model_name", "layer", "chat"}  # what an experiment is
 
