@@ -188,6 +188,10 @@ smoke: $(READY) ## only the notebooks, on a smaller world, in two minutes
 test-real: $(READY) ## what matters on a real model, in some minutes: MODEL=path LAYER=n [DATASET=]
 	$(if $(and $(MODEL),$(LAYER)),,$(error say which: make test-real MODEL=path LAYER=n))HF_HUB_OFFLINE=1 MODEL='$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL))' LAYER='$(LAYER)' DATASET='$(DATASET)' $(PY) -m pytest -q tests/real.py
 
+.PHONY: test-slurm
+test-slurm: $(READY) ## a sweep through srun, on a Slurm of one node started for it (as root, where slurm-wlm and munge are installed)
+	$(PY) -m pytest -q -s -rs tests/slurm.py
+
 # The referees' own environment: torch as pinned, then they; torchvision's build need not match torch's, and nothing here uses it.
 .PHONY: test-interop
 test-interop: tiny-model ## files of sae-lens, dictionary-learning and eai-sparsify read here, ours read there, and SAELens's figures beside ours: [RUN=name, a run with normalize: scale]

@@ -570,7 +570,7 @@ def readable(record: logging.LogRecord) -> bool:
     """A filter of papermill's log: out with its own noise, with what only a notebook can show (figures, tables, widgets,
     of which a log has but the type's name), and with blank lines after outputs."""
     noise = ("Executing", "Ending", "Input", "Output", "Working", "Passed unknown")
-    shown = r"<Figure size \S+ with \d+ Axes>|<IPython\.core\.display\.\w+ object>|VBox\(children=.*"
+    shown = r"<Figure size \S+ with \d+ Axes>|<IPython\.[\w.]+ object( at 0x\w+)?>|\w+\((children|value|layout)=.*"
     record.msg, record.args = record.getMessage().rstrip("\n"), ()
     return bool(record.msg) and not record.msg.startswith(noise) and not re.fullmatch(shown, record.msg)
 

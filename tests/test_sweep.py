@@ -189,7 +189,7 @@ def test_a_long_epoch_is_not_silent(capsys):
 
 def sweep(folder, grid: str, *words: str, runner: str = "tests/brief.py", **environment) -> dict:
     """What subprocess.run takes to make a sweep on `folder`, into its runs/s-…"""
-    small = given(folder, k=3, auxk_weight=0.03, batch_size=16, epochs=40, checkpoint_minutes=0.0)
+    small = given(folder, k=3, auxk_weight=0.03, batch_size=16, epochs=25, checkpoint_minutes=0.0)
     (folder / "p.yaml").write_text(json.dumps(small))
     make = ["make", "-o", ".venv/.ready", f"PY={sys.executable}", f"RUNNER={sys.executable} {runner}"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
@@ -223,7 +223,7 @@ def test_a_sweep_that_is_killed_and_in_which_a_cell_fails(folder):
     k3, undisturbed, *_ = cells = [runs / f"s-k{k}-evalwindows{n}" for k in (3, 5) for n in (8, 9)]
     undisturbed.mkdir(parents=True)
     with filelock.FileLock(undisturbed / ".lock"):  # another process is at work there: that cell fails
-        make = subprocess.Popen(**sweep(folder, grid, "-j2", "-k"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        make = subprocess.Popen(**sweep(folder, grid), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while not (k3 / "checkpoint.pth").exists():
             assert make.poll() is None, make.stdout.read()
             time.sleep(0.02)
