@@ -134,12 +134,12 @@ space := $() $()
 comma := ,
 axis = $(if $(2),$(1)=$(subst $(space),$(comma),$(strip $(2))))
 GRID ?=
-AXES = $(strip $(call axis,layer,$(LAYERS)) $(call axis,l1_coeff,$(L1S)) $(GRID) $(call axis,seed,$(SEEDS)))
+WHOLE_GRID = $(strip $(call axis,layer,$(LAYERS)) $(call axis,l1_coeff,$(L1S)) $(GRID) $(call axis,seed,$(SEEDS)))
 SWEEP ?= sweep
 PLANNED = $(findstring n,$(firstword -$(MAKEFLAGS)))
 .PHONY: sweep cells
 sweep: $(READY) ## train at every point of GRID="layer=2,6 k=16,32 seed=0,1" (-j4: four at once, -k: past failures) [SWEEP=name] [LAUNCH="srun -c 8": each in another machine's hands]
-	@plan=$$(mktemp); trap 'rm -f $$plan' EXIT; $(RUNNER) cells '$(AXES)' '$(SWEEP)' $(FLAGS) > $$plan; \
+	@plan=$$(mktemp); trap 'rm -f $$plan' EXIT; $(RUNNER) cells '$(WHOLE_GRID)' '$(SWEEP)' $(FLAGS) > $$plan; \
 	  status=0; $(MAKE) --no-print-directory SWEEP_PLAN=$$plan $(if $(filter file,$(origin OMP_NUM_THREADS)),SHARE=1) cells || status=$$?; $(if $(PLANNED),,$(RUNNER) table $$plan;) exit $$status
 
 ifdef SWEEP_PLAN
