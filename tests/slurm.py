@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_sweep import names_of, sweep
+from test_sweep import asked, names_of
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
 MISSING = [name for name in PROGRAMS if not shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")]
@@ -102,7 +102,7 @@ def slurm(tmp_path_factory):
 def test_a_sweep_through_srun(slurm, folder):
     """Two at once, each with one processor; one is torn from its node half-way, and asked again the sweep ends as it should."""
     runs, out = folder / "runs", {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    ask = sweep(folder, "k=3,5 seed=0,1", "-j2", "-k", "LAUNCH=srun --ntasks=1 --cpus-per-task=1")
+    ask = asked(folder, "k=3,5 seed=0,1", "-j2", "-k", "LAUNCH=srun --ntasks=1 --cpus-per-task=1")
     ask["env"] |= {name: slurm[name] for name in ("SLURM_CONF", "PATH")}
     del ask["env"]["OMP_NUM_THREADS"]  # threads are then what Slurm binds a cell to
     torn, cells = runs / "s-k3-seed0", [runs / f"s-k{k}-seed{seed}" for k, seed in itertools.product((3, 5), (0, 1))]
@@ -125,7 +125,7 @@ def test_a_sweep_through_srun(slurm, folder):
     print(f"\n{jobs}\n{again.stdout[again.stdout.index('run  ') :]}")
     assert jobs.count("JobState=COMPLETED") == 6 and jobs.count("JobState=") == 7  # rows and four cells; of those asked again, rows and one
 
-    whole = subprocess.run(**sweep(folder, "k=3 seed=0", f"SWEEP={runs}/here"), **out)  # the same without Slurm, undisturbed
+    whole = subprocess.run(**asked(folder, "k=3 seed=0", f"SWEEP={runs}/here"), **out)  # the same without Slurm, undisturbed
     assert whole.returncode == 0, whole.stdout
     one, other = (torch.load(run / "sae.pth", weights_only=True)["state_dict"] for run in (torn, runs / "here-k3-seed0"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())

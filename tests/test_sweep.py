@@ -19,6 +19,7 @@ from conftest import ROOT, training_params
 
 import experiment
 import sae_utils as u
+import sweep
 import training
 
 POOL = {
@@ -38,7 +39,7 @@ def as_flags(parameters: dict) -> list[str]:
 
 
 def read_plan(plan: str) -> tuple[dict[str, dict], dict[str, list]]:
-    """{cell: {parameter: word}} with what it waits for as `after`, and {harvest: its layers}, of what `plan_sweep` writes."""
+    """{cell: {parameter: word}} with what it waits for as `after`, and {harvest: its layers}, of what `sweep.plan` writes."""
     lines = plan.splitlines()
     cells = {name: {} for name in lines[0].removeprefix("CELLS := ").split()}
     rows = {name: [] for name in lines[1].removeprefix("ROWS := ").split()}
@@ -60,8 +61,8 @@ def test_a_grid_is_the_product_of_its_axes(folder, fresh_seed, trial):
     chance = random.Random(fresh_seed + trial)
     axes = {name: chance.sample(POOL[name], chance.randint(1, len(POOL[name]))) for name in chance.sample(sorted(POOL), chance.randint(1, 4))}
     words = [f"{name}={','.join(str(value) for value in values)}" for name, values in axes.items()]
-    assert experiment.read_grid("  ".join(words)) == axes
-    cells, rows = read_plan(experiment.plan_sweep(" ".join(words), str(folder / "runs" / "try"), as_flags(given(folder))))
+    assert sweep.read_grid("  ".join(words)) == axes
+    cells, rows = read_plan(sweep.plan(" ".join(words), str(folder / "runs" / "try"), as_flags(given(folder))))
     wanted = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     assert len(cells) == len(wanted) == len({target.lower() for target in cells})
     of_rows = {"layer", "chat", "seq_len", "n_activations"}
@@ -105,27 +106,27 @@ def test_a_grid_is_the_product_of_its_axes(folder, fresh_seed, trial):
 )
 def test_what_is_no_grid_is_one_sentence(folder, grid, sentence):
     with pytest.raises(u.UserError, match=sentence) as refusal:
-        experiment.plan_sweep(grid, str(folder / "runs" / "try"), as_flags(given(folder)))
+        sweep.plan(grid, str(folder / "runs" / "try"), as_flags(given(folder)))
     assert "\n" not in str(refusal.value) and not (folder / "runs").exists()
 
 
 def test_names_of_sweeps_and_of_runs_that_are_taken(folder):
     for name in ("", "a b", "a'b", "$(shell)", "a/"):
         with pytest.raises(u.UserError, match="names no folder"):
-            experiment.plan_sweep("k=1", name, as_flags(given(folder)))
+            sweep.plan("k=1", name, as_flags(given(folder)))
     taken = folder / "runs" / "try-k4"
     experiment.record_params(taken / "params.json", training_params(folder, architecture="topk", k=4, lr=0.1) | {"run_dir": str(taken)})
     with pytest.raises(u.UserError, match="already holds a run with other parameters .*lr was 0.1"):
-        experiment.plan_sweep("k=2,4", str(folder / "runs" / "try"), as_flags(given(folder)))
+        sweep.plan("k=2,4", str(folder / "runs" / "try"), as_flags(given(folder)))
 
 
 def test_what_make_reads_is_what_was_given(folder):
     awkward = folder / "it's $5 #1.txt"
     awkward.write_text("the cat\n")
-    plan = experiment.plan_sweep("k=2", str(folder / "runs" / "try"), as_flags(given(folder)))
+    plan = sweep.plan("k=2", str(folder / "runs" / "try"), as_flags(given(folder)))
     assert "$" not in plan and "#" not in plan
     cell = f"dataset_name={awkward}".replace(" ", "_")  # a grid's values hold no spaces
-    plan = experiment.plan_sweep(cell, str(folder / "runs" / "try"), as_flags(given(folder)))
+    plan = sweep.plan(cell, str(folder / "runs" / "try"), as_flags(given(folder)))
     (folder / "plan.mk").write_text(plan + "\nall:\n\t@printf '%s\\n' $(SETTINGS)\nall: " + plan.splitlines()[2].partition(": ")[2] + "\n")
     out = subprocess.run(["make", "-f", str(folder / "plan.mk"), "all"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert out[:3] == ["-p", "dataset_name", cell.partition("=")[2]]
@@ -187,7 +188,7 @@ def test_a_long_epoch_is_not_silent(capsys):
     assert capsys.readouterr().out == ""  # an epoch that is younger than that says nothing
 
 
-def sweep(folder, grid: str, *words: str, runner: str = "tests/brief.py", **environment) -> dict:
+def asked(folder, grid: str, *words: str, runner: str = "tests/brief.py", **environment) -> dict:
     """What subprocess.run takes to make a sweep on `folder`, into its runs/s-…"""
     small = given(folder, k=3, auxk_weight=0.03, batch_size=16, epochs=25, checkpoint_minutes=0.0)
     (folder / "p.yaml").write_text(json.dumps(small))
@@ -206,14 +207,34 @@ def names_of(lines) -> set[str]:
 
 
 def test_make_shows_what_it_would_do(folder):
-    out = subprocess.run(**sweep(folder, "k=3,5", "-n", "-j2", "SEEDS=0 1", "LAYERS=1", "LAUNCH=nice -n 5"), capture_output=True, check=True).stdout
+    out = subprocess.run(**asked(folder, "k=3,5", "-n", "-j2", "SEEDS=0 1", "LAYERS=1", "LAUNCH=nice -n 5"), capture_output=True, check=True).stdout
     cells = [line for line in out.splitlines() if "sae_training" in line]
     assert len(cells) == 4 and all(line.startswith("nice -n 5 ") for line in cells)
     for k, seed in itertools.product((3, 5), (0, 1)):
         assert sum(f"-p layer 1 -p k {k} -p seed {seed} -p run_dir {folder}/runs/s-layer1-k{k}-seed{seed} " in line for line in cells) == 1
     assert sum(" activations '1' " in line for line in out.splitlines()) == 1 and not (folder / "runs").exists()
-    refused = subprocess.run(**sweep(folder, "k=3,x"), capture_output=True)
+    refused = subprocess.run(**asked(folder, "k=3,x"), capture_output=True)
     assert refused.returncode == 2 and "Error: parameter k must be a whole number" in refused.stderr and not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"fvu": 1.0}', '{"fvu": "low", "l0": 1.0, "ce_spliced": 2.0, "ce_clean": 1.0, "dead": 0.0}'])
+def test_a_table_of_runs_whose_files_do_not_tell(tmp_path, capsys, content):
+    for name in ("odd", "good", "none", "broken", "torn"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sae_training.ipynb").write_text('{"metadata": {"papermill": {"duration": 90}}}')
+    for name, text in (("odd", content), ("good", '{"fvu": 0.25, "l0": 3.14, "ce_spliced": 2.5, "ce_clean": 2.25, "dead": null}')):
+        (tmp_path / name / "metrics.json").write_text(text)
+        (tmp_path / name / ".done").touch()
+    error = {"output_type": "error", "ename": "ValueError", "evalue": "too few"}
+    (tmp_path / "broken" / "sae_training.failed.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "stream"}, error]}, {}]}))
+    (tmp_path / "torn" / "sae_training.failed.ipynb").write_text(content)
+    names = ("odd", "good", "none", "broken", "torn")
+    (tmp_path / "plan.mk").write_text("CELLS := " + " ".join(f"{tmp_path}/{name}/.done" for name in names) + "\nROWS :=\n")
+    sweep.table(str(tmp_path / "plan.mk"))
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines[:5]] == list(names) and lines[5].startswith("2 of 5 cells are finished; ")
+    assert "cannot be read" in lines[0] and lines[1].split()[1:] == ["0.2500", "3.1", "+0.2500", "-", "1.5"]
+    assert "not finished" in lines[2] and lines[3].endswith("failed: ValueError: too few") and "not finished" in lines[4]
 
 
 @pytest.mark.repeats
@@ -223,7 +244,7 @@ def test_a_sweep_that_is_killed_and_in_which_a_cell_fails(folder):
     k3, undisturbed, *_ = cells = [runs / f"s-k{k}-evalwindows{n}" for k in (3, 5) for n in (8, 9)]
     undisturbed.mkdir(parents=True)
     with filelock.FileLock(undisturbed / ".lock"):  # another process is at work there: that cell fails
-        make = subprocess.Popen(**sweep(folder, grid), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        make = subprocess.Popen(**asked(folder, grid), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while not (k3 / "checkpoint.pth").exists():
             assert make.poll() is None, make.stdout.read()
             time.sleep(0.02)
@@ -234,7 +255,7 @@ def test_a_sweep_that_is_killed_and_in_which_a_cell_fails(folder):
         psutil.wait_procs(family)
         assert names_of(make.communicate()[0].splitlines()) >= {"s-rows", k3.name} and not (k3 / ".done").exists()
 
-        second = subprocess.run(**sweep(folder, grid, "-j2", "-k"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        second = subprocess.run(**asked(folder, grid, "-j2", "-k"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines = second.stdout.splitlines()
     assert second.returncode == 2 and [cell.name for cell in cells if (cell / ".done").exists()] == [cell.name for cell in cells if cell != undisturbed], second.stdout
     assert any(line.startswith(f"{undisturbed.name}: Error: ") and "worked on by another process" in line for line in lines)
@@ -253,7 +274,7 @@ def test_a_sweep_that_is_killed_and_in_which_a_cell_fails(folder):
         assert re.match(r"s-[\w.-]+: |make(\[\d+\])?: |.*: \d of 4 cells|$", line), line
         assert not re.search(r"<Figure|<IPython|VBox\(|object at 0x", line), line
 
-    third = subprocess.run(**sweep(folder, grid, "-j2", "-k"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    third = subprocess.run(**asked(folder, grid, "-j2", "-k"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert third.returncode == 0 and "4 of 4 cells are finished." in third.stdout
     assert names_of(third.stdout.splitlines()) == {"s-rows", undisturbed.name}  # only what was missing
     assert len([path for path in (runs / "activations").iterdir() if path.is_dir()]) == 1  # one harvest for all
