@@ -74,13 +74,20 @@ def plan(grid: str, sweep: str, flags: list[str]) -> str:
     return "\n".join(lines)
 
 
+def minutes_of(folder: Path) -> float | None:
+    """What papermill noted of a run's last start; None where the run was killed after its last cell, before its notebook had its name."""
+    try:
+        return json.loads((folder / "sae_training.ipynb").read_text())["metadata"]["papermill"]["duration"] / 60
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def figures_of(folder: Path) -> dict[str, str] | None:
     """Of a finished run, on held-out rows: fvu, L0, CE increase (nats), dead; and minutes, those of its last start where
     it was stopped in between. None where its files do not tell."""
     try:
         found = json.loads((folder / "metrics.json").read_text())
-        took = json.loads((folder / "sae_training.ipynb").read_text())["metadata"]["papermill"]["duration"] / 60
-        figures = found["fvu"], found["l0"], found["ce_spliced"] - found["ce_clean"], found["dead"], took
+        figures = found["fvu"], found["l0"], found["ce_spliced"] - found["ce_clean"], found["dead"], minutes_of(folder)
         written = ("-" if value is None else format(value, form) for value, form in zip(figures, (".4f", ".1f", "+.4f", ".1%", ".1f"), strict=True))
         return dict(zip(("fvu", "L0", "CE increase", "dead", "minutes"), written, strict=True))
     except (OSError, ValueError, KeyError, TypeError):  # half-written, or of something else

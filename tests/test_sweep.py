@@ -219,22 +219,24 @@ def test_make_shows_what_it_would_do(folder):
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"fvu": 1.0}', '{"fvu": "low", "l0": 1.0, "ce_spliced": 2.0, "ce_clean": 1.0, "dead": 0.0}'])
 def test_a_table_of_runs_whose_files_do_not_tell(tmp_path, capsys, content):
-    for name in ("odd", "good", "none", "broken", "torn"):
+    names = ("odd", "good", "none", "broken", "torn", "killed")
+    for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "sae_training.ipynb").write_text('{"metadata": {"papermill": {"duration": 90}}}')
-    for name, text in (("odd", content), ("good", '{"fvu": 0.25, "l0": 3.14, "ce_spliced": 2.5, "ce_clean": 2.25, "dead": null}')):
+    (tmp_path / "killed" / "sae_training.ipynb").rename(tmp_path / "killed" / "sae_training.running.ipynb")
+    good = '{"fvu": 0.25, "l0": 3.14, "ce_spliced": 2.5, "ce_clean": 2.25, "dead": null}'
+    for name, text in (("odd", content), ("good", good), ("killed", good)):
         (tmp_path / name / "metrics.json").write_text(text)
         (tmp_path / name / ".done").touch()
     error = {"output_type": "error", "ename": "ValueError", "evalue": "too few"}
     (tmp_path / "broken" / "sae_training.failed.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "stream"}, error]}, {}]}))
     (tmp_path / "torn" / "sae_training.failed.ipynb").write_text(content)
-    names = ("odd", "good", "none", "broken", "torn")
     (tmp_path / "plan.mk").write_text("CELLS := " + " ".join(f"{tmp_path}/{name}/.done" for name in names) + "\nROWS :=\n")
     sweep.table(str(tmp_path / "plan.mk"))
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split()[0] for line in lines[:5]] == list(names) and lines[5].startswith("2 of 5 cells are finished; ")
+    assert [line.split()[0] for line in lines[:6]] == list(names) and lines[6].startswith("3 of 6 cells are finished; ")
     assert "cannot be read" in lines[0] and lines[1].split()[1:] == ["0.2500", "3.1", "+0.2500", "-", "1.5"]
-    assert "not finished" in lines[2] and lines[3].endswith("failed: ValueError: too few") and "not finished" in lines[4]
+    assert "not finished" in lines[2] and lines[3].endswith("failed: ValueError: too few") and "not finished" in lines[4] and lines[5].split()[1:] == ["0.2500", "3.1", "+0.2500", "-", "-"]
 
 
 @pytest.mark.repeats
