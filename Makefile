@@ -8,19 +8,25 @@ UV ?= uv
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-LAUNCH := $(PY) notebooks/experiment.py
+RUNNER := $(PY) notebooks/experiment.py
 
 # Words for the common parameters; P takes any other, as papermill flags.
 PARAMS ?=
 P ?=
 NAMED = $(if $(MODEL),-p model_name '$(MODEL)') $(if $(DATASET),-p dataset_name '$(DATASET)') \
 	$(if $(LAYER),-p layer '$(LAYER)') $(if $(HOOK),-p hook '$(HOOK)') $(if $(SEED),-p seed '$(SEED)') $(if $(RUN),-p run_dir 'runs/$(RUN)')
+FLAGS = $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
+TRAIN = $(RUNNER) sae_training $(FLAGS)
 
 # Half of the logical cores, shared among the jobs of make -j: torch's own default, all of them, collapses
-# as soon as anything else runs.
+# as soon as anything else runs. What LAUNCH starts on other machines has what it is bound to there.
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 JOBS = $(or $(patsubst -j%,%,$(filter-out -j,$(filter -j%,$(MAKEFLAGS)))),1)
-export OMP_NUM_THREADS ?= $(shell n=$$(( ($(CORES) + 1) / 2 / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
+among = $(shell n=$$(( ($(CORES) + 1) / 2 / $(1) )); echo $$(( n > 0 ? n : 1 )))
+LAUNCH ?=
+ifeq ($(LAUNCH),)
+export OMP_NUM_THREADS ?= $(call among,$(JOBS))
+endif
 export TOKENIZERS_PARALLELISM ?= false
 export IPYTHONDIR := $(CURDIR)/$(VENV)/ipython
 
@@ -72,12 +78,12 @@ lab: $(READY) ## open the notebooks in Jupyter
 
 .PHONY: tiny-model
 tiny-model: $(READY) ## build the embedded tiny model and its text, where they are not there yet
-	@test -f runs/tiny-model/config.json -a -f runs/tiny-world/corpus.jsonl || $(LAUNCH) tiny_model
+	@test -f runs/tiny-model/config.json -a -f runs/tiny-world/corpus.jsonl || $(RUNNER) tiny_model
 
 .PHONY: demo
 demo: tiny-model ## tiny model -> SAE -> report -> patched generation, in a few minutes
-	$(LAUNCH) sae_training -f params/tiny.yaml -p run_dir runs/demo
-	$(LAUNCH) patch_neurons -f params/patch-tiny.yaml -p run_dir runs/demo
+	$(RUNNER) sae_training -f params/tiny.yaml -p run_dir runs/demo
+	$(RUNNER) patch_neurons -f params/patch-tiny.yaml -p run_dir runs/demo
 	@$(PY) -c 'import json; print("\n" + json.load(open("runs/demo/metrics.json"))["finding"]); print(json.load(open("runs/demo/patches/demo/patching.json"))["finding"])'
 	@echo "report               runs/demo/report.pdf"
 	@echo "patched generation   runs/demo/patches/demo/patching.html"
@@ -86,66 +92,79 @@ demo: tiny-model ## tiny model -> SAE -> report -> patched generation, in a few 
 
 .PHONY: check
 check: $(READY) ## whether a model will do, before its weights are fetched: MODEL=id-or-folder LAYER=n [DATASET=] [PARAMS=file] [P=]
-	$(LAUNCH) check $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
+	$(RUNNER) check $(FLAGS)
 
 .PHONY: train
 train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED=] [RUN=] [P="-p name value"]
-	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
+	$(TRAIN)
 
 # An SAE that is trained already is looked at first, on 200,000 rows of text, as a run named after it.
 SAE ?=
 SAE_RUN = $(or $(RUN),$(notdir $(patsubst %/,%,$(SAE))))
-FEATURES = $(LAUNCH) features '$(SAE)' -p n_activations 200000 $(NAMED) -p run_dir 'runs/$(SAE_RUN)'
+FEATURES = $(RUNNER) features '$(SAE)' -p n_activations 200000 $(NAMED) -p run_dir 'runs/$(SAE_RUN)'
 .PHONY: features patch
 features: $(READY) ## look at an SAE from elsewhere as at one's own: SAE=path or hub id [MODEL=] [DATASET=] [LAYER=] [RUN=] [PARAMS=file] [P=]
 	$(if $(SAE),,$(error say which SAE: make features SAE=path))$(FEATURES) $(if $(PARAMS),-f $(PARAMS)) $(P)
 
 patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]; or of SAE=path [MODEL=] [DATASET=], which `make features` looks at first
 	$(if $(RUN)$(SAE),,$(error say which run to patch: make patch RUN=name))$(if $(SAE),$(FEATURES))
-	$(LAUNCH) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(or $(RUN),$(SAE_RUN))' $(P)
+	$(RUNNER) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(or $(RUN),$(SAE_RUN))' $(P)
 
 .PHONY: labels
 labels: $(READY) ## put the names in a run's labels.csv on its features.html: RUN=name
-	$(if $(RUN),,$(error say which run: make labels RUN=name))$(LAUNCH) labels 'runs/$(RUN)'
+	$(if $(RUN),,$(error say which run: make labels RUN=name))$(RUNNER) labels 'runs/$(RUN)'
 
 .PHONY: export
 export: $(READY) ## write a run's SAE for other tools: RUN=name FORMAT=saelens (or safetensors, neuronpedia) [OUT=folder]
-	$(if $(RUN),,$(error say which run: make export RUN=name FORMAT=saelens))$(LAUNCH) export 'runs/$(RUN)' '$(FORMAT)' $(if $(OUT),'$(OUT)')
+	$(if $(RUN),,$(error say which run: make export RUN=name FORMAT=saelens))$(RUNNER) export 'runs/$(RUN)' '$(FORMAT)' $(if $(OUT),'$(OUT)')
 
 .PHONY: publish
 publish: $(READY) ## push a run's SAE to the Hugging Face hub with a model card: RUN=name REPO=user/name [FORMAT=safetensors] [PRIVATE=0] [DRY_RUN=1: only runs/<name>/export/publish]
-	$(if $(and $(RUN),$(REPO)),,$(error say which run and where to: make publish RUN=name REPO=user/name))$(LAUNCH) publish 'runs/$(RUN)' '$(REPO)' '$(or $(FORMAT),saelens)' \
+	$(if $(and $(RUN),$(REPO)),,$(error say which run and where to: make publish RUN=name REPO=user/name))$(RUNNER) publish 'runs/$(RUN)' '$(REPO)' '$(or $(FORMAT),saelens)' \
 	  $(if $(filter-out 0,$(DRY_RUN)),dry) $(if $(filter 0,$(PRIVATE)),public)
 
-LAYERS ?= 6
-ACTIVATIONS = $(LAUNCH) activations '$(LAYERS)' $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
-.PHONY: activations sweep-activations
+LAYERS ?=
+.PHONY: activations
 activations: $(READY) ## harvest several layers in one pass: LAYERS="2 6 10" [PARAMS=file] [MODEL=] [DATASET=]
-	$(ACTIVATIONS)
+	$(RUNNER) activations '$(or $(LAYERS),6)' $(FLAGS)
 
-# One pass for all layers of a sweep. Exit 2 is a mistake in one of them, which its own cells meet again.
-sweep-activations: $(READY)
-	@$(ACTIVATIONS) || test $$? -eq 2
-
-# One target for each pair of layer and L1 coefficient, such as cell/6/3e-4.
-L1S ?= 3e-4
+# A sweep: `experiment.py cells` writes its cells as a makefile, with their flags and the harvest that each waits for;
+# then make runs what is not there yet, and a table follows, of failures too.
+space := $() $()
+comma := ,
+axis = $(if $(2),$(1)=$(subst $(space),$(comma),$(strip $(2))))
+GRID ?=
+WHOLE_GRID = $(strip $(call axis,layer,$(LAYERS)) $(call axis,l1_coeff,$(L1S)) $(GRID) $(call axis,seed,$(SEEDS)))
 SWEEP ?= sweep
-CELLS := $(foreach layer,$(LAYERS),$(foreach l1,$(L1S),cell/$(layer)/$(l1)))
-.PHONY: sweep $(CELLS)
-sweep: $(CELLS) ## train every pair of LAYERS="1 2 3" and L1S="1e-4 3e-4" (-j2: two at once, -k: past failures)
-$(CELLS): sweep-activations
-	$(LAUNCH) sae_training $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P) -p layer $(word 2,$(subst /, ,$@)) \
-	  -p l1_coeff $(word 3,$(subst /, ,$@)) -p run_dir runs/$(SWEEP)-L$(word 2,$(subst /, ,$@))-l1_$(word 3,$(subst /, ,$@))
+PLANNED = $(findstring n,$(firstword -$(MAKEFLAGS)))
+.PHONY: sweep cells
+sweep: $(READY) ## train at every point of GRID="layer=2,6 k=16,32 seed=0,1" (-j4: four at once, -k: past failures) [SWEEP=name] [LAUNCH="srun -c 8": each in another machine's hands]
+	@plan=$$(mktemp); trap 'rm -f $$plan' EXIT; $(RUNNER) cells '$(WHOLE_GRID)' '$(SWEEP)' $(FLAGS) > $$plan; \
+	  status=0; $(MAKE) --no-print-directory SWEEP_PLAN=$$plan $(if $(filter file,$(origin OMP_NUM_THREADS)),SHARE=1) cells || status=$$?; $(if $(PLANNED),,$(RUNNER) table $$plan;) exit $$status
+
+ifdef SWEEP_PLAN
+include $(SWEEP_PLAN)
+# $(call named,NAME): each line that comes out begins with the name; an interrupt leaves the last ones to be read.
+named = 2>&1 | { trap '' INT; while IFS= read -r line || [ -n "$$line" ]; do printf '%s: %s\n' '$(1)' "$$line"; done; }
+.PHONY: $(ROWS)
+cells: $(CELLS)
+$(CELLS):
+	@$(LAUNCH) $(TRAIN) $(SETTINGS) $(call named,$(notdir $(@D)))
+# One pass for all layers, before the cells and so with the threads of all. Exit 2 is a mistake in one of them, which its own cells meet again.
+$(if $(SHARE),$(ROWS): export OMP_NUM_THREADS = $(call among,$(words $(ROWS))))
+$(ROWS):
+	@{ $(LAUNCH) $(RUNNER) activations '$(AT)' $(FLAGS) $(SETTINGS) || test $$? -eq 2; } $(call named,$@)
+endif
 
 .PHONY: compare runs remove
 compare: $(READY) ## finished runs side by side, into runs/compare/: [RUNS="pattern"] [SORT=fvu] [AXES="layer k"] [FIGURE=fvu] [P=]
-	$(LAUNCH) compare_runs $(if $(RUNS),-p runs '$(RUNS)') $(if $(SORT),-p sort '$(SORT)') $(if $(AXES),-p axes '$(AXES)') $(if $(FIGURE),-p figure '$(FIGURE)') $(P)
+	$(RUNNER) compare_runs $(if $(RUNS),-p runs '$(RUNS)') $(if $(SORT),-p sort '$(SORT)') $(if $(AXES),-p axes '$(AXES)') $(if $(FIGURE),-p figure '$(FIGURE)') $(P)
 
 runs: $(READY) ## a table of all runs: [RUNS="pattern"]
-	@$(LAUNCH) runs $(if $(RUNS),'$(RUNS)')
+	@$(RUNNER) runs $(if $(RUNS),'$(RUNS)')
 
 remove: $(READY) ## throw a run away, after a question: RUN=name [YES=1: without it]
-	$(if $(RUN),,$(error say which run: make remove RUN=name))@$(LAUNCH) remove '$(RUN)' $(if $(filter 1,$(YES)),yes)
+	$(if $(RUN),,$(error say which run: make remove RUN=name))@$(RUNNER) remove '$(RUN)' $(if $(filter 1,$(YES)),yes)
 
 .PHONY: tensorboard
 tensorboard: $(READY) ## watch all runs
@@ -179,10 +198,14 @@ smoke: $(READY) ## only the notebooks, on a smaller world, in two minutes
 test-real: $(READY) ## what matters on a real model, in some minutes: MODEL=path LAYER=n [DATASET=]
 	$(if $(and $(MODEL),$(LAYER)),,$(error say which: make test-real MODEL=path LAYER=n))HF_HUB_OFFLINE=1 MODEL='$(if $(wildcard $(MODEL)),$(abspath $(MODEL)),$(MODEL))' LAYER='$(LAYER)' DATASET='$(DATASET)' $(PY) -m pytest -q tests/real.py
 
+.PHONY: test-slurm
+test-slurm: $(READY) ## a sweep through srun, on a Slurm of one node started for it (as root, where slurm-wlm and munge are installed)
+	$(PY) -m pytest -q -s -rs tests/slurm.py
+
 # The referees' own environment: torch as pinned, then they; torchvision's build need not match torch's, and nothing here uses it.
 .PHONY: test-interop
 test-interop: tiny-model ## files of sae-lens, dictionary-learning and eai-sparsify read here, ours read there, and SAELens's figures beside ours: [RUN=name, a run with normalize: scale]
-	$(if $(RUN),,$(LAUNCH) sae_training -f params/tiny.yaml -p normalize scale -p n_activations 100000 -p epochs 2 -p run_dir runs/interop)
+	$(if $(RUN),,$(RUNNER) sae_training -f params/tiny.yaml -p normalize scale -p n_activations 100000 -p epochs 2 -p run_dir runs/interop)
 	@test -x .venv-interop/bin/python || { $(PYTHON) -m venv .venv-interop && .venv-interop/bin/pip install --quiet $$(grep '^torch==' requirements.txt); }
 	.venv-interop/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens dictionary-learning eai-sparsify pytest
 	.venv-interop/bin/pip install --quiet --no-deps sae-dashboard

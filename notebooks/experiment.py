@@ -42,14 +42,19 @@ class Param:
     allowed: str  # "", "from 1", "above 0", "0 to 1" or "relu | topk"; no "=", papermill trips over it
 
     def checked(self, value):
-        """The value in the declared type; words such as 'false' or '1e-4' that papermill or YAML
-        leave as text are converted. Raises UserError for a wrong type or range."""
+        """The value in the declared type; words such as 'false', '1e-4' or '16' that papermill, YAML or
+        a sweep's grid leave as text are converted. Raises UserError for a wrong type or range."""
         if self.type == "bool" and str(value).lower() in ("true", "false"):
             value = str(value).lower() == "true"
         elif self.type == "float" and not isinstance(value, bool):
             try:
                 value = float(value)
             except (TypeError, ValueError):
+                pass
+        elif self.type == "int" and isinstance(value, str):
+            try:
+                value = int(value)
+            except ValueError:
                 pass
         elif self.type == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
@@ -105,6 +110,40 @@ def check_params(notebook: str, given: dict) -> dict:
             hint = f" Did you mean {near[0]}?" if near else f" It has: {', '.join(declared)}."
             raise sae_utils.UserError(f"{notebook} has no parameter {name}.{hint}")
     return {name: p.checked(given.get(name, p.default)) for name, p in declared.items()}
+
+
+# Parameters of sae_training.ipynb that do nothing under others: which, when, and whether it is so.
+IDLE = [
+    (
+        "architecture k auxk_weight dead_after expansion normalize apply_b_dec_to_input l1_coeff l0_weight batch_size lr warmup_steps "
+        "lr_min_ratio lr_decay_fraction epochs early_stop_epochs checkpoint_minutes",
+        "where an SAE is trained already (trained_sae)", lambda p: p["trained_sae"],
+    ),
+    ("k", "with architecture {architecture}", lambda p: sae_utils.ARCHITECTURES[p["architecture"]].knob != "k"),
+    ("l1_coeff", "with architecture {architecture}", lambda p: sae_utils.ARCHITECTURES[p["architecture"]].knob != "l1_coeff"),
+    ("l0_weight", "with architecture {architecture}", lambda p: p["architecture"] != "jumprelu"),
+    ("dead_after", "without auxk_weight", lambda p: not p["auxk_weight"]),
+    ("lr_decay_fraction", "with lr_min_ratio 1", lambda p: p["lr_min_ratio"] == 1),
+    ("dataset_config dataset_split dataset_revision", "on local text", lambda p: sae_utils.resolve(p["dataset_name"]).exists()),
+    ("text_column", "on .txt files", lambda p: p["dataset_name"].endswith(".txt")),
+    ("model_revision", "with a local model", lambda p: sae_utils.resolve(p["model_name"]).exists()),
+]  # fmt: skip
+
+
+def idle(params: dict) -> dict[str, str]:
+    """{name: why} of the parameters of a training run that do nothing under the others."""
+    found = {}
+    for names, why, is_so in IDLE:
+        if is_so(params):
+            found = {name: f"{name} does nothing {why.format(**params)}" for name in names.split()} | found
+    return found
+
+
+def given_in_vain(params: dict) -> list[str]:
+    """A sentence, or none, on those of them that are not as the notebook declares them: somebody gave them."""
+    declared, without_a_say = declared_params("sae_training"), idle(params)
+    given = [without_a_say[name] for name in declared if name in without_a_say and params[name] != declared[name].default]
+    return ["; ".join(given) + "."] if given else []
 
 
 def differing(params: dict, notebook: str, without: set[str]) -> str:
@@ -334,7 +373,7 @@ def harvest_layers(layers: str, flags: list[str]) -> None:
     hooks, mistakes = [], []
     for word in layers.replace(",", " ").split():
         try:
-            number = layer.checked(int(word) if word.isdigit() else word)
+            number = layer.checked(word)
             hooks.append(sae_utils.find_hook(params["model_name"], number, params["hook"], params["model_revision"], params["seq_len"]))
         except sae_utils.UserError as error:
             mistakes.append(str(error))
@@ -440,6 +479,20 @@ def remove_run(name: str, *words: str) -> None:
     print("deleted" if gone else "left as it is")
 
 
+def sweep_cells(grid: str, name: str, *flags: str) -> None:
+    """Prints the cells of a sweep as a makefile."""
+    import sweep
+
+    print(sweep.plan(grid, name, [*flags]))
+
+
+def sweep_table(file: str) -> None:
+    """Prints what came of the cells of such a makefile."""
+    import sweep
+
+    sweep.table(file)
+
+
 JOBS = {  # what a first word that is no notebook does
     "activations": lambda layers, *flags: harvest_layers(layers, [*flags]),  # LAYERS: their rows, in one pass
     "labels": relabel,  # RUN: its features.html anew
@@ -448,6 +501,8 @@ JOBS = {  # what a first word that is no notebook does
     "export": export,  # RUN FORMAT [FOLDER]: its SAE for other tools
     "runs": list_runs,  # [PATTERNS]: a table of them
     "remove": remove_run,  # RUN [yes]: throws it away
+    "cells": sweep_cells,  # GRID SWEEP: a sweep as a makefile
+    "table": sweep_table,  # that file: what came of its cells
     "publish": publish,  # RUN REPO [FORMAT] [dry] [public]: that on the hub, with a card
 }
 
@@ -456,7 +511,7 @@ def readable(record: logging.LogRecord) -> bool:
     """A filter of papermill's log: out with its own noise, with what only a notebook can show (figures, tables, widgets,
     of which a log has but the type's name), and with blank lines after outputs."""
     noise = ("Executing", "Ending", "Input", "Output", "Working", "Passed unknown")
-    shown = r"<Figure size \S+ with \d+ Axes>|<IPython\.core\.display\.\w+ object>|VBox\(children=.*"
+    shown = r"<Figure size \S+ with \d+ Axes>|<IPython\.[\w.]+ object( at 0x\w+)?>|\w+\((children|value|layout)=.*"
     record.msg, record.args = record.getMessage().rstrip("\n"), ()
     return bool(record.msg) and not record.msg.startswith(noise) and not re.fullmatch(shown, record.msg)
 

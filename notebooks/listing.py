@@ -20,7 +20,6 @@ import numpy as np
 
 import experiment
 import sae_utils
-import training
 from sae_utils import UserError
 
 NOTEBOOK = "sae_training"
@@ -88,11 +87,8 @@ def why_failed(notebook: Path) -> str:
 
 def active(params: dict) -> dict:
     """Those of a training run's parameters that do something beside the others."""
-    rule, idle = sae_utils.ARCHITECTURES[params["architecture"]], set()
-    idle |= {"k", "l1_coeff"} - {rule.knob} | ({"l0_weight"} if rule.name != "jumprelu" else set())
-    idle |= {"dead_after"} if not params["auxk_weight"] else set()
-    idle = training.SETTINGS if params["trained_sae"] else idle
-    return {name: value for name, value in params.items() if name not in idle}
+    without_a_say = experiment.idle(params)
+    return {name: value for name, value in params.items() if name not in without_a_say}
 
 
 def read_run(folder: Path, whole: bool = True) -> Run:

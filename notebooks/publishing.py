@@ -8,17 +8,14 @@ from pathlib import Path
 import huggingface_hub
 import jinja2
 
+import experiment
 import fidelity
 import sae_utils
 from sae_utils import UserError
 
-# What stands in the card of the run's parameters, where it had a say; the others are of the machine or are said elsewhere.
+# What stands in the card of the run's parameters, where it is given and had a say; the others are of the machine or are said elsewhere.
 SETTINGS = """layer hook chat seq_len activation_dtype architecture k auxk_weight dead_after expansion normalize apply_b_dec_to_input l1_coeff l0_weight
     batch_size lr warmup_steps lr_min_ratio lr_decay_fraction epochs early_stop_epochs seed""".split()
-HAS_A_SAY = {
-    "k": lambda p: p["architecture"] not in ("relu", "gated"), "l1_coeff": lambda p: p["architecture"] in ("relu", "gated"),
-    "l0_weight": lambda p: p["architecture"] == "jumprelu", "dead_after": lambda p: p["auxk_weight"] > 0, "hook": lambda p: p["hook"],
-}  # fmt: skip
 COLUMNS = ["CE (nats)", "increase of CE", "KL (nats)", "top-1 changed", "FVU", "L0"]
 
 
@@ -57,6 +54,7 @@ def model_card(run: str | Path, repo: str, format: str = "saelens") -> str:
     params, wanted = record["parameters"], ("finding", "findings", "fidelity", "latents", "effects", "data", "held_out_rows", "notices", "doctor")
     if lacking := [name for name in wanted if name not in metrics]:
         raise UserError(f"{sae_utils.show_path(run)}/metrics.json lacks {', '.join(lacking)}: train the run again for a card.")
+    idle = experiment.idle(params)
     names = {kind: params[f"{kind}_name"] for kind in ("model", "dataset")}
     base, data = (public_name(name) for name in names.values())
     data_name = data and " ".join(filter(None, [f"[{data}](https://huggingface.co/datasets/{data})", params["dataset_config"], params["dataset_split"]]))
@@ -74,7 +72,7 @@ def model_card(run: str | Path, repo: str, format: str = "saelens") -> str:
     return environment.get_template("model_card.md").render(
         header=header.to_yaml(), title=f"{repo.rpartition('/')[2]}: an SAE for {base or Path(names['model']).name}, layer {params['layer']}", repo=repo, format=format, m=metrics, p=params,
         hook_name=record["hook_name"], commit=record.get("model_commit"), model=f"[{base}](https://huggingface.co/{base})" if base else local(names["model"]),
-        dataset=data_name or local(names["dataset"]), settings=[(name, params[name]) for name in SETTINGS if HAS_A_SAY.get(name, lambda p: True)(params)],
+        dataset=data_name or local(names["dataset"]), settings=[(name, params[name]) for name in SETTINGS if name not in idle and params[name] != ""],
         versions="Made with " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()) + (f"; code at commit {record['git_commit']}" if record.get("git_commit") else "") + ".",
         table="\n".join(f"| {' | '.join(line)} |" for line in lines), limits=limits(metrics, params),
     )  # fmt: skip

@@ -23,11 +23,6 @@ from sae_utils import nonzero_flat
 # PART=training` prints both around it.
 SPARSE_BELOW = 0.08
 CHECKPOINT_VERSION = 2
-# Parameters of sae_training.ipynb that do nothing where an SAE is given that is trained already.
-SETTINGS = {
-    "architecture", "k", "auxk_weight", "dead_after", "expansion", "normalize", "apply_b_dec_to_input", "l1_coeff", "l0_weight", "batch_size",
-    "lr", "warmup_steps", "lr_min_ratio", "lr_decay_fraction", "epochs", "early_stop_epochs", "checkpoint_minutes",
-}  # fmt: skip
 FIRST_K = 3.0  # how many times k latents are kept in the first step, where k is let fall
 THRESHOLD_DECAY = 0.99  # of the running mean of the smallest activation that a batch keeps
 
@@ -352,6 +347,11 @@ class Trainer:
         total, weight = self.state["threshold"]
         return total / weight.clamp_min(1e-12)
 
+    def means(self) -> dict[str, float]:
+        """loss, mse, l1, l0 over the rows since the last reset. Unlike `read` it changes nothing, so it may be called at any time."""
+        sums = self.state["sums"] / self.state["rows"].clamp_min(1)
+        return dict(zip(("loss", "mse", "l1", "l0"), sums.tolist(), strict=True))
+
     def read(self, reset: bool = False) -> dict:
         """loss, mse, l1, l0 (means over the rows since the last reset), fired (d_sae), mean_when_active,
         and last_loss, of the last step.
@@ -362,9 +362,7 @@ class Trainer:
             raise sae_utils.UserError(
                 f"the loss was not a finite number at step {first_bad}; training stopped before it changed anything: start another run with a lower lr."
             )
-        rows = state["rows"].clamp_min(1)
-        result = dict(zip(("loss", "mse", "l1", "l0"), (state["sums"] / rows).tolist(), strict=True))
-        result |= {"last_loss": float(self.last_loss), "fired": state["fired"].clone(), "mean_when_active": (state["strength"] / state["fired"].sum().clamp_min(1)).item()}
+        result = self.means() | {"last_loss": float(self.last_loss), "fired": state["fired"].clone(), "mean_when_active": (state["strength"] / state["fired"].sum().clamp_min(1)).item()}
         self.any_dead = bool((state["silent"] >= self.dead_after).any())
         if self.rule.jumps:
             self.sae.threshold.fill_(float(self.threshold()))
@@ -388,6 +386,27 @@ class Trainer:
         self.steps, self.active_share, self.any_dead = saved["steps"], saved["active_share"], saved["any_dead"]
         if self.rule.jumps:
             self.sae.threshold.fill_(float(self.threshold()))
+
+
+class Progress:
+    """Prints a line now and then, within an epoch that is longer than `seconds`; then at most once in as long, and rarer up to a minute.
+
+    Call it after each step, with how many of how many rows of the epoch are done.
+    """
+
+    def __init__(self, trainer: Trainer, total_steps: int, seconds: float):
+        self.trainer, self.total, self.due = trainer, total_steps, sae_utils.Every(seconds, longest=60)
+        self.begun, self.first_step, self.first_row = time.monotonic(), trainer.steps, None
+
+    def __call__(self, done: int, rows: int) -> None:
+        if self.first_row is None:  # after the first step, which may be slow
+            self.begun, self.first_step, self.first_row = time.monotonic(), self.trainer.steps, done
+        if not self.due():
+            return
+        found, step = self.trainer.means(), self.trainer.steps
+        took = max(1e-9, time.monotonic() - self.begun)
+        left = sae_utils.duration((self.total - step) * took / max(1, step - self.first_step))
+        print(f"step {step:,} of {self.total:,} ({step / self.total:.0%}), {done / rows:.0%} of the epoch: loss {found['loss']:.5f}, l0 {found['l0']:.1f}; {(done - self.first_row) / took:,.0f} rows/s, {left} left")
 
 
 def save_checkpoint(path: Path, trainer: Trainer, rows: str, **more) -> None:
