@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # the tests run make; it must not take itself for a part of `make test`
+    os.environ.pop(name, None)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
