@@ -13,6 +13,10 @@ RUNNER := $(PY) notebooks/experiment.py
 # Words for the common parameters; P takes any other, as papermill flags.
 PARAMS ?=
 P ?=
+space := $() $()
+ifneq ($(RUN),)  # the name alone, where a shell completed it to the folder
+override RUN := $(patsubst %/,%,$(patsubst runs/%,%,$(RUN)))
+endif
 NAMED = $(if $(MODEL),-p model_name '$(MODEL)') $(if $(DATASET),-p dataset_name '$(DATASET)') \
 	$(if $(LAYER),-p layer '$(LAYER)') $(if $(HOOK),-p hook '$(HOOK)') $(if $(SEED),-p seed '$(SEED)') $(if $(RUN),-p run_dir 'runs/$(RUN)')
 FLAGS = $(if $(PARAMS),-f $(PARAMS)) $(NAMED) $(P)
@@ -100,14 +104,16 @@ train: $(READY) ## train an SAE: LAYER=6 [PARAMS=file] [MODEL=] [DATASET=] [SEED
 
 # An SAE that is trained already is looked at first, on 200,000 rows of text, as a run named after it.
 SAE ?=
-SAE_RUN = $(or $(RUN),$(notdir $(patsubst %/,%,$(SAE))))
-FEATURES = $(RUNNER) features '$(SAE)' -p n_activations 200000 $(NAMED) -p run_dir 'runs/$(SAE_RUN)'
+SAE_NAME = $(patsubst runs/%,%,$(patsubst %/,%,$(subst $(space),_,$(SAE))))
+SAE_RUN = $(or $(RUN),look-$(subst /,-,$(if $(filter /%,$(SAE_NAME)),$(notdir $(SAE_NAME)),$(SAE_NAME))))
+LOOK = '$(SAE)' -p n_activations 200000 $(NAMED) -p run_dir 'runs/$(SAE_RUN)'
 .PHONY: features patch
 features: $(READY) ## look at an SAE from elsewhere as at one's own: SAE=path or hub id [MODEL=] [DATASET=] [LAYER=] [RUN=] [PARAMS=file] [P=]
-	$(if $(SAE),,$(error say which SAE: make features SAE=path))$(FEATURES) $(if $(PARAMS),-f $(PARAMS)) $(P)
+	$(if $(SAE),,$(error say which SAE: make features SAE=path))$(RUNNER) features $(LOOK) $(if $(PARAMS),-f $(PARAMS)) $(P)
 
 patch: $(READY) ## edit latents of a finished run: RUN=name [PARAMS=file] [P="-p name value"]; or of SAE=path [MODEL=] [DATASET=], which `make features` looks at first
-	$(if $(RUN)$(SAE),,$(error say which run to patch: make patch RUN=name))$(if $(SAE),$(FEATURES))
+	$(if $(RUN)$(SAE),,$(error say which run to patch: make patch RUN=name))$(if $(SAE),$(RUNNER) params patch_neurons $(if $(PARAMS),-f $(PARAMS)) $(P))
+	$(if $(SAE),$(RUNNER) looked $(LOOK))
 	$(RUNNER) patch_neurons $(if $(PARAMS),-f $(PARAMS)) -p run_dir 'runs/$(or $(RUN),$(SAE_RUN))' $(P)
 
 .PHONY: labels
@@ -130,7 +136,6 @@ activations: $(READY) ## harvest several layers in one pass: LAYERS="2 6 10" [PA
 
 # A sweep: `experiment.py cells` writes its cells as a makefile, with their flags and the harvest that each waits for;
 # then make runs what is not there yet, and a table follows, of failures too.
-space := $() $()
 comma := ,
 axis = $(if $(2),$(1)=$(subst $(space),$(comma),$(strip $(2))))
 GRID ?=

@@ -265,7 +265,7 @@ def refuse_other_params(file: Path, params: dict) -> None:
     if different:
         raise sae_utils.UserError(
             f"{sae_utils.show_path(file.parent)} already holds a run with other parameters ({'; '.join(different)}): "
-            "give this one another name, or delete that folder."
+            "give this one another name (RUN=, or -p name for an experiment)."
         )
 
 
@@ -418,12 +418,17 @@ def relabel(run_dir: str) -> Path:
     return page
 
 
-def judge(source: str, flags: list[str]) -> Path:
+def judge(source: str, flags: list[str], look_again: bool = True) -> Path:
     """`launch` of sae_training on an SAE that is trained already: where the flags do not say which model and layer, the
-    ones it was made for."""
+    ones it was made for. Without `look_again` a finished look at this SAE in the same folder is enough, however large."""
     import formats
 
+    there = sae_utils.resolve(source)
+    source = sae_utils.show_path(there) if there.exists() else source  # however its path was written
     given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    if not look_again and (folder := sae_utils.resolve(given["run_dir"])).joinpath(".done").exists():
+        if json.loads((folder / "params.json").read_text())["parameters"].get("trained_sae") == source:
+            return folder
     made_for = formats.load(source, str(given.get("hook", "")).format(layer=given.get("layer", "")), another_hook=True).config
     found = []
     for name in {"model_name", "layer"} - {*given}:
@@ -453,7 +458,8 @@ def export(run_dir: str, format: str, out: str = "") -> Path:
     if format == "neuronpedia" and (folder / "features.npz").exists():
         about |= {"features": dict(np.load(folder / "features.npz")), "as_text": as_text_of(sae)}
     written = formats.export(sae, out or folder / "export" / format, format, about)
-    print(f"{sae_utils.show_path(written)}: {', '.join(sorted(file.name for file in written.iterdir())[:4])}")
+    files = sorted(file.name for file in written.iterdir())
+    print(f"{sae_utils.show_path(written)}: {', '.join(files[:4])}" + f" and {len(files) - 4} more" * (len(files) > 4))
     return written
 
 
@@ -497,6 +503,8 @@ JOBS = {  # what a first word that is no notebook does
     "activations": lambda layers, *flags: harvest_layers(layers, [*flags]),  # LAYERS: their rows, in one pass
     "labels": relabel,  # RUN: its features.html anew
     "features": lambda source, *flags: judge(source, [*flags]),  # SAE: looked at as our own is
+    "looked": lambda source, *flags: judge(source, [*flags], look_again=False),  # SAE: the same, where that was not done yet
+    "params": lambda notebook, *flags: check_params(notebook, given_params(sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb", [*flags])) and None,
     "check": lambda *flags: check_model([*flags]),  # whether a model will do
     "export": export,  # RUN FORMAT [FOLDER]: its SAE for other tools
     "runs": list_runs,  # [PATTERNS]: a table of them

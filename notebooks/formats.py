@@ -532,9 +532,9 @@ def replaceable(folder: Path, pattern: str, run: str) -> list[Path]:
         raise UserError(f"{sae_utils.show_path(folder)} is a file: name another folder with OUT=.")
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     other = [file.name for file in files if not (file.is_file() and re.fullmatch(pattern, file.name))]
-    owners = [re.search(r'"run": "([^"]*)"', file.read_text()) for file in files if file.name in ("cfg.json", "sae.json", "run_settings.json")]
+    owners = [re.search(r'"run": "([^"]*)"', file.read_text(errors="replace")) for file in files if file.name in ("cfg.json", "sae.json", "run_settings.json")]
     if files and not other and [owner and owner[1] for owner in owners] != [run]:
-        other = ["another run's export"]
+        other = ["files that no export of this run wrote"]
     if other:
         raise UserError(f"{sae_utils.show_path(folder)} holds {', '.join(other[:3])}: name an empty folder with OUT=, or empty this one.")
     return files

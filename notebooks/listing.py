@@ -95,6 +95,8 @@ def read_run(folder: Path, whole: bool = True) -> Run:
     """The run in `folder`; with `whole` its SAE is opened too, and held against the figures."""
     failed, running = (folder / f"{NOTEBOOK}.{word}.ipynb" for word in ("failed", "running"))
     state = "finished" if (folder / ".done").exists() else "failed" if failed.exists() and not running.exists() else "unfinished"
+    if state == "failed" and why_failed(failed).startswith("KeyboardInterrupt"):
+        state = "unfinished"  # somebody stopped it
     run = Run(folder.name, folder, state)
     try:
         recorded = read_json(folder / "params.json").get("parameters")
@@ -217,7 +219,10 @@ def remove(root: Path, name: str, yes: bool = False) -> bool:
             print(f"{shown}: {', '.join(word for word in line_of(run)[1:] if word)}; {len(list(folder.glob('patches/*/')))} patching experiments in it")
             if not yes and not sys.stdin.isatty():
                 raise UserError(f"nobody can be asked whether to delete {shown}: say YES=1.")
-            if not yes and input("delete it? [y/N] ").strip().lower() not in ("y", "yes"):
+            try:
+                if not yes and input("delete it? [y/N] ").strip().lower() not in ("y", "yes"):
+                    return False
+            except EOFError:  # Ctrl-D
                 return False
             going = root / f".{name}.{os.getpid()}.removed"  # at once: what is stopped half-way is no run that looks whole
             shutil.rmtree(folder.rename(going))

@@ -10,6 +10,7 @@ import jinja2
 
 import experiment
 import fidelity
+import formats
 import sae_utils
 from sae_utils import UserError
 
@@ -88,7 +89,7 @@ def without_places(value):
 
 
 def publish(run: Path, exported: Path, repo: str, dry_run: bool = False, private: bool = True) -> Path:
-    """Lays the exported files and the card into <run>/export/publish, made anew and without this machine's paths, and pushes that folder to `repo`.
+    """Lays the exported files and the card into <run>/export/publish, made anew and without this machine's paths (a card that was edited there is kept), and pushes that folder to `repo`.
 
     `dry_run`: nothing is pushed, and no token is asked for. A repository that is not there is made, private unless told
     otherwise; one that holds anything but an SAE published like this is left alone. Returns the folder. UserError for a
@@ -97,9 +98,18 @@ def publish(run: Path, exported: Path, repo: str, dry_run: bool = False, private
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
         raise UserError(f"REPO {repo!r} is no repository on the hub: say user/name.")
     card, folder = model_card(run, repo, exported.name), run / "export" / "publish"
+    readme, written = folder / "README.md", run / "export" / ".card"  # the card as it was last written there
+    ours = "|".join(["README.md", *formats.EXPORTS.values()])
+    if other := sorted(file.name for file in folder.glob("*") if not re.fullmatch(ours, file.name)):
+        raise UserError(f"{sae_utils.show_path(folder)} holds {', '.join(other[:3])}, which this does not write: move it elsewhere.")
+    if readme.exists() and written.exists() and readme.read_text(encoding="utf-8") != written.read_text(encoding="utf-8"):
+        card = readme.read_text(encoding="utf-8")
+        print(f"{sae_utils.show_path(readme)} is kept as you left it; delete it for a new card.")
+    else:
+        written.write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(exported, folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    readme.write_text(card, encoding="utf-8")
     for file in folder.rglob("*.json"):
         sae_utils.write_json(file, without_places(json.loads(file.read_text(encoding="utf-8"))))
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}

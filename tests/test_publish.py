@@ -132,6 +132,21 @@ def test_a_dry_run_writes_and_asks_nobody(run, hub, capsys):
     torch.testing.assert_close(formats.load(str(folder)).encode(x), sae.encode(x), rtol=1e-4, atol=1e-5)  # what lies there is that SAE
 
 
+def test_a_card_that_was_edited_is_kept_and_what_is_not_ours_is_not_deleted(run, hub, capsys):
+    folder, again = run / "export" / "publish", ["publish", str(run), "user/name", "saelens", "dry"]
+    assert experiment.main(again) == 0
+    with (folder / "README.md").open("a") as card:
+        card.write("My own words.")
+    assert experiment.main(again) == 0 and "is kept as you left it" in capsys.readouterr().out
+    assert (folder / "README.md").read_text().endswith("My own words.")
+    (folder / "notes.txt").write_text("mine")
+    assert experiment.main(again) == 2 and "holds notes.txt, which this does not write" in capsys.readouterr().err
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    (folder / "README.md").unlink()
+    assert experiment.main(again) == 0 and "My own words" not in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("words", [[], ["public"]])
 def test_what_is_pushed_is_what_lies_there(words, run, hub, capsys):
     assert experiment.main(["publish", str(run), "user/name", "saelens", *words]) == 0
