@@ -504,7 +504,7 @@ JOBS = {  # what a first word that is no notebook does
     "labels": relabel,  # RUN: its features.html anew
     "features": lambda source, *flags: judge(source, [*flags]),  # SAE: looked at as our own is
     "looked": lambda source, *flags: judge(source, [*flags], look_again=False),  # SAE: the same, where that was not done yet
-    "params": lambda notebook, *flags: check_params(notebook, given_params(sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb", [*flags])) and None,
+    "params": lambda notebook, *flags: check_params(notebook, given_params(sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb", [*flags])),  # NOTEBOOK: whether its parameters are right
     "check": lambda *flags: check_model([*flags]),  # whether a model will do
     "export": export,  # RUN FORMAT [FOLDER]: its SAE for other tools
     "runs": list_runs,  # [PATTERNS]: a table of them

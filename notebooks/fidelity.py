@@ -242,12 +242,8 @@ class Below:
             self.out = output
             self.out = self.kept()
 
-        handles = [layer.register_forward_hook(keep) for layer in self.layers[-1:]]
-        try:
+        with self.layers[-1].register_forward_hook(keep) if self.layers else nullcontext():
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def again(self):

@@ -242,11 +242,11 @@ def module_of(hook: str, model: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def load(source: str, hook: str = "", device: str = "cpu", *, another_hook: bool = False, d_in: int = 0) -> sae_utils.SAE:
+def load(source: str, hook: str = "", device: str = "cpu", *, another_hook: bool = False) -> sae_utils.SAE:
     """The SAE in `source`: a local folder or file, or a hub id with a folder inside it and @revision where wanted.
 
     `hook` is the module whose output it shall read: the one it was made for, or with `another_hook` any; it must be
-    named where the files do not tell one that is known here. `d_in`: the width it must have (0: any).
+    named where the files do not tell one that is known here.
     Its config has model_name, hook_name, layer, seq_len, dataset_name ("" and 0: not told), source, format and,
     where there is something to know, notice. density is what the format tells, else zeros, and max_act is zeros:
     both are measured on text afterwards. Activations are in the format's own units where its decoder rows are of one
@@ -270,8 +270,6 @@ def load(source: str, hook: str = "", device: str = "cpu", *, another_hook: bool
         raise UserError(f"{source} {what}: name the module whose output that is, HOOK=model.layers.6.mlp say.")
     if hook and known and hook != known and not another_hook:
         raise UserError(f"{source} was made for {known}, not {hook}: leave HOOK away, or ask for another hook expressly.")
-    if d_in and d_in != sae.d_in:
-        raise UserError(f"{source} is for activations {sae.d_in} wide, these are {d_in}: it was made for another model or place.")
     at = hook or known
     layer = re.search(r"\.(\d+)(\.|$)", at)
     sae.config = {"model_revision": ""} | sae.config | {"hook_name": at, "layer": int(layer[1]) if layer else None, "source": source, "format": name}
@@ -280,8 +278,11 @@ def load(source: str, hook: str = "", device: str = "cpu", *, another_hook: bool
     return sae.to(device).eval().requires_grad_(False)
 
 
-def doubts(sae: sae_utils.SAE, model_name: str) -> list[str]:
-    """What a reader of figures should know of an SAE that `load` gave, looked at on the model `model_name`: a sentence each."""
+def doubts(sae: sae_utils.SAE, model_name: str, d_in: int) -> list[str]:
+    """What a reader of figures should know of an SAE that `load` gave, looked at on activations `d_in` wide of the model
+    `model_name`: a sentence each. UserError where it is for another width."""
+    if d_in != sae.d_in:
+        raise UserError(f"{sae.config['source']} is for activations {sae.d_in} wide, those of {sae.config['hook_name']} are {d_in}: name its own model and layer.")
     made_for, last = sae.config["model_name"], lambda name: name.rstrip("/").rpartition("/")[2]
     said = [f"{sae.config['source']} was made for {made_for} and is looked at on {model_name}."] if made_for and last(made_for) != last(model_name) else []
     said += [f"it was made for {sae.config['made_for']}, and reads {sae.config['hook_name']} because that was asked for."] if "made_for" in sae.config else []

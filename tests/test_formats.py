@@ -440,9 +440,18 @@ def test_a_skip_connection_is_refused(tmp_path):
 
 def test_another_width_is_refused(tmp_path):
     source = saelens(tmp_path, weights())
-    assert formats.load(source, d_in=D).d_in == D
-    with pytest.raises(sae_utils.UserError, match="activations 12 wide, these are 640"):
-        formats.load(source, d_in=640)
+    with pytest.raises(sae_utils.UserError, match="activations 12 wide, those of .* are 640: name its own model and layer"):
+        formats.doubts(formats.load(source), "any", 640)
+
+
+def test_what_a_reader_should_know_is_said(tmp_path):
+    sae = formats.load(saelens(tmp_path, weights()))
+    made_for, hook = sae.config["model_name"], sae.config["hook_name"]
+    assert formats.doubts(sae, made_for, D) == formats.doubts(sae, f"/some/where/{made_for.rpartition('/')[2]}/", D) == []
+    assert formats.doubts(sae, made_for + "-it", D) == [f"{tmp_path} was made for {made_for} and is looked at on {made_for}-it."]
+    other = formats.load(str(tmp_path), "model.layers.0.mlp", another_hook=True)
+    other.config["notice"] = "Something."
+    assert formats.doubts(other, made_for, D) == [f"it was made for {hook}, and reads model.layers.0.mlp because that was asked for.", "Something."]
 
 
 @pytest.mark.parametrize("source", ["", "name", "runs/not-there", "/not/there", "a/../b", "owner/name with spaces", "../etc/passwd"])
