@@ -112,13 +112,12 @@ def check_params(notebook: str, given: dict) -> dict:
     return {name: p.checked(given.get(name, p.default)) for name, p in declared.items()}
 
 
-# Parameters of sae_training.ipynb that do nothing under others: which, when, and whether it is so.
+# Parameters of sae_training.ipynb that only the training of an SAE asks for.
+OF_TRAINING = """architecture k auxk_weight dead_after expansion normalize apply_b_dec_to_input l1_coeff l0_weight batch_size lr warmup_steps
+    lr_min_ratio lr_decay_fraction epochs early_stop_epochs checkpoint_minutes"""
+# Those that do nothing under others: which, when, and whether it is so.
 IDLE = [
-    (
-        "architecture k auxk_weight dead_after expansion normalize apply_b_dec_to_input l1_coeff l0_weight batch_size lr warmup_steps "
-        "lr_min_ratio lr_decay_fraction epochs early_stop_epochs checkpoint_minutes",
-        "where an SAE is trained already (trained_sae)", lambda p: p["trained_sae"],
-    ),
+    (OF_TRAINING, "where an SAE is trained already (trained_sae)", lambda p: p["trained_sae"]),
     ("k", "with architecture {architecture}", lambda p: sae_utils.ARCHITECTURES[p["architecture"]].knob != "k"),
     ("l1_coeff", "with architecture {architecture}", lambda p: sae_utils.ARCHITECTURES[p["architecture"]].knob != "l1_coeff"),
     ("l0_weight", "with architecture {architecture}", lambda p: p["architecture"] != "jumprelu"),
@@ -173,7 +172,7 @@ def run_folder(params: dict) -> tuple[Path, bool]:
     run_dir = sae_utils.resolve(params["run_dir"] or f"runs/{name}")
     if run_dir in [sae_utils.resolve(f"runs/{taken}") for taken in ("", *KEPT)]:
         raise sae_utils.UserError(f"{sae_utils.show_path(run_dir)} is kept for other things: choose another run name.")
-    refuse_other_params(run_dir / "params.json", params)
+    refuse_other_params(run_dir / "params.json", params, "sae_training")
     return run_dir, (run_dir / ".done").exists()
 
 
@@ -226,7 +225,7 @@ def patch_folder(params: dict) -> tuple[Path, bool]:
     run_dir = finished_run(params["run_dir"])
     name = params["name"] or differing(params, "patch_neurons", {"name", "run_dir", *FREE}) or "default"
     folder = run_dir / "patches" / safe_name(name)
-    refuse_other_params(folder / "params.json", params)
+    refuse_other_params(folder / "params.json", params, "patch_neurons")
     return folder, (folder / ".done").exists()
 
 
@@ -251,11 +250,16 @@ def finished_run(run_dir: str) -> Path:
     return folder
 
 
-def refuse_other_params(file: Path, params: dict) -> None:
+def recorded_params(file: Path, notebook: str) -> dict:
+    """The parameters that `file`, a params.json, records; those that are newer than it at their defaults."""
+    return {name: p.default for name, p in declared_params(notebook).items()} | json.loads(file.read_text())["parameters"]
+
+
+def refuse_other_params(file: Path, params: dict, notebook: str) -> None:
     """Raises UserError if `file` records an experiment with other parameters than these."""
     if not file.exists():
         return
-    before = json.loads(file.read_text())["parameters"]
+    before = recorded_params(file, notebook)
     free = {"run_dir", "name", *FREE}
     different = [
         f"{name} was {before.get(name)!r}, now {params.get(name)!r}"
@@ -427,7 +431,7 @@ def judge(source: str, flags: list[str], look_again: bool = True) -> Path:
     source = sae_utils.show_path(there) if there.exists() else source  # however its path was written
     given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
     if not look_again and (folder := sae_utils.resolve(given["run_dir"])).joinpath(".done").exists():
-        if json.loads((folder / "params.json").read_text())["parameters"].get("trained_sae") == source:
+        if recorded_params(folder / "params.json", "sae_training")["trained_sae"] == source:
             return folder
     made_for = formats.load(source, str(given.get("hook", "")).format(layer=given.get("layer", "")), another_hook=True).config
     found = []
@@ -454,7 +458,11 @@ def export(run_dir: str, format: str, out: str = "") -> Path:
     import numpy as np
 
     folder = finished_run(run_dir)
-    sae, about = sae_utils.SAE.load(folder / "sae.pth"), {"run": folder.name, "metrics": json.loads((folder / "metrics.json").read_text())}
+    sae, params = sae_utils.SAE.load(folder / "sae.pth"), recorded_params(folder / "params.json", "sae_training")
+    about = {"run": folder.name, "metrics": json.loads((folder / "metrics.json").read_text())}
+    if not params["trained_sae"]:  # how an SAE from elsewhere was trained is not known here
+        without_a_say = {"run_dir", "trained_sae", *FREE, *idle(params)}
+        about["settings"] = {name: value for name, value in params.items() if name not in without_a_say}
     if format == "neuronpedia" and (folder / "features.npz").exists():
         about |= {"features": dict(np.load(folder / "features.npz")), "as_text": as_text_of(sae)}
     written = formats.export(sae, out or folder / "export" / format, format, about)

@@ -499,8 +499,8 @@ EXPORTS = {  # the files that each writes
 def export(sae: sae_utils.SAE, folder: str | Path, format: str, about: dict) -> Path:
     """Writes the SAE into `folder` in one of EXPORTS, whole or not at all, and returns the folder.
 
-    `about` has run, its name; metrics, of its metrics.json; for neuronpedia also features (what features.npz holds)
-    and as_text (a token's text by its id). What the same run exported there before is replaced; a folder that holds
+    `about` has run, its name; metrics, of its metrics.json; settings, the parameters that it was trained with, where the run
+    trained it; for neuronpedia also features (what features.npz holds) and as_text (a token's text by its id). What the same run exported there before is replaced; a folder that holds
     anything else is left alone. UserError there, and for what the format cannot hold.
     """
     if format not in EXPORTS:
@@ -559,9 +559,6 @@ def folded(sae: sae_utils.SAE) -> dict[str, Tensor]:
     return t
 
 
-TRAINING = ("n_activations", "held_out_fraction", "normalize", "k", "l1_coeff", "l0_weight", "batch_size", "lr", "epochs", "seed", "chat")
-
-
 def saelens_files(sae: sae_utils.SAE, about: dict):
     """Yields (name, content) of a folder that SAELens 6 loads with SAE.load_from_disk."""
     kind = {"relu": "standard", "topk": "topk", "gated": "gated"}.get(sae.architecture, "jumprelu")
@@ -573,7 +570,7 @@ def saelens_files(sae: sae_utils.SAE, about: dict):
         "sae_lens_training_version": None, "model_name": config.get("model_name"), "hook_name": config.get("hook_name"),
         "model_class_name": "AutoModelForCausalLM", "context_size": config.get("seq_len") or None, "prepend_bos": data["bos_tokens"] > 0 if "bos_tokens" in data else None,
         "dataset_path": config.get("dataset_name"), "exclude_special_tokens": True, "training_architecture": sae.architecture,
-        "training_settings": {name: config[name] for name in TRAINING if name in config}, "trained_on_rows": metrics.get("train_rows"),
+        "training_settings": about.get("settings"), "trained_on_rows": metrics.get("train_rows") if "settings" in about else None,
         "run": about["run"], "l0": metrics.get("l0"), "fvu": metrics.get("fvu"), "num_dead_features": round(metrics["dead"] * sae.d_sae) if "dead" in metrics else None,
     }  # fmt: skip
     topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}

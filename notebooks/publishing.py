@@ -50,9 +50,10 @@ def model_card(run: str | Path, repo: str, format: str = "saelens") -> str:
     """
     run = Path(run)
     record, metrics = (json.loads((run / name).read_text()) for name in ("params.json", "metrics.json"))
-    if record["parameters"].get("trained_sae"):
+    params = experiment.recorded_params(run / "params.json", "sae_training")
+    if params["trained_sae"]:
         raise UserError(f"{sae_utils.show_path(run)} looks at an SAE that was not trained in this run: publish it from the run that did.")
-    params, wanted = record["parameters"], ("finding", "findings", "fidelity", "latents", "effects", "data", "held_out_rows", "notices", "doctor")
+    wanted = ("finding", "findings", "fidelity", "latents", "effects", "data", "held_out_rows", "notices", "doctor")
     if lacking := [name for name in wanted if name not in metrics]:
         raise UserError(f"{sae_utils.show_path(run)}/metrics.json lacks {', '.join(lacking)}: train the run again for a card.")
     idle = experiment.idle(params)

@@ -565,7 +565,7 @@ def ours(architecture: str, norm_scale: float = 2.3, less_b_dec: bool = False, *
     return sae.eval().requires_grad_(False)
 
 
-ABOUT = {"run": "one", "metrics": {"l0": 5.0, "fvu": 0.25, "dead": 0.125, "rows": 1000, "train_rows": 900, "data": {"bos_tokens": 3, "windows": 40}}}
+ABOUT = {"run": "one", "metrics": {"l0": 5.0, "fvu": 0.25, "dead": 0.125, "rows": 1000, "train_rows": 900, "data": {"bos_tokens": 3, "windows": 40}}, "settings": {"lr": 1e-3}}
 
 
 @pytest.mark.parametrize("architecture", sae_utils.ARCHITECTURES)
@@ -686,6 +686,7 @@ def test_export_of_a_run(tmp_path, capsys):
     run.mkdir()
     ours("batchtopk").save(run / "sae.pth")
     (run / "metrics.json").write_text(json.dumps(ABOUT["metrics"]))
+    (run / "params.json").write_text(json.dumps({"parameters": {"architecture": "batchtopk", "k": 3}}))
     with pytest.raises(sae_utils.UserError, match="is not finished"):
         experiment.export(str(run), "saelens")
     (run / ".done").touch()

@@ -81,6 +81,8 @@ def test_an_sae_that_is_trained_already_is_looked_at_and_left_as_it_is(folder, c
     own = experiment.launch("sae_training", f"-p model_name {folder}/model -p layer 1 -p run_dir {folder}/runs/own -p epochs 3 -p architecture jumprelu -p k 6 {text}".split())
     exported = folder / "elsewhere"
     assert experiment.main(["export", str(own), "saelens", str(exported)]) == 0
+    settings = read(exported / "cfg.json")["metadata"]["training_settings"]
+    assert settings["epochs"] == 3 and settings["k"] == 6 and "l1_coeff" not in settings and "run_dir" not in settings
     for name, source in (("again", own / "sae.pth"), ("other", exported)):
         flags = f"-p run_dir {folder}/runs/{name} {text}".split()
         assert experiment.main(["features", str(source), *flags]) == 0, capfd.readouterr().err
@@ -93,8 +95,18 @@ def test_an_sae_that_is_trained_already_is_looked_at_and_left_as_it_is(folder, c
             assert metrics[figure] == pytest.approx(before[figure], rel=1e-4, abs=1e-6), figure
         for arm in ("kmeans", "pca", "untrained"):
             assert metrics["fidelity"][arm]["fvu"][0] == pytest.approx(before["fidelity"][arm]["fvu"][0], rel=1e-4), arm
+        config = u.SAE.load(judged / "sae.pth").config
+        assert config["trained_sae"] and config.get("epochs") == (3 if name == "again" else None)  # as it was trained, where that is known
+        assert experiment.main(["export", str(judged), "saelens"]) == 0
+        metadata = read(judged / "export" / "saelens" / "cfg.json")["metadata"]
+        assert not {"training_settings", "trained_on_rows"} & {*metadata} and metadata["training_architecture"] == "jumprelu"
+        assert experiment.main(["publish", str(judged), "user/name", "saelens", "dry"]) == 2 and "was not trained in this run" in capfd.readouterr().err
         assert torch.allclose(u.SAE.load(judged / "sae.pth").density, u.SAE.load(own / "sae.pth").density)
         assert (judged / "features.html").exists() and "lr:" not in (judged / "sae_training.ipynb").read_text().partition("report.pdf")[2]
+    before = read(own / "params.json")
+    (own / "params.json").write_text(json.dumps(before | {"parameters": {name: value for name, value in before["parameters"].items() if name != "trained_sae"}}))
+    assert experiment.run_folder(before["parameters"]) == (own, True)  # a run from before there was such a parameter is still that run
+    assert experiment.main(["export", str(own), "safetensors"]) == 0
     assert experiment.main(["features", str(exported), *flags, "-p", "layer", "2", "-p", "run_dir", f"{folder}/runs/wrong"]) == 2
     assert "is not in layer 2: set layer to its own" in capfd.readouterr().err and not (folder / "runs" / "wrong").exists()
 
