@@ -212,7 +212,7 @@ test-slurm: $(READY) ## a sweep through srun, on a Slurm of one node started for
 test-interop: tiny-model ## files of sae-lens, dictionary-learning and eai-sparsify read here, ours read there, and SAELens's figures beside ours: [RUN=name, a run with normalize: scale]
 	$(if $(RUN),,$(RUNNER) sae_training -f params/tiny.yaml -p normalize scale -p n_activations 100000 -p epochs 2 -p run_dir runs/interop)
 	@test -x .venv-interop/bin/python || { $(PYTHON) -m venv .venv-interop && .venv-interop/bin/pip install --quiet $$(grep '^torch==' requirements.txt); }
-	.venv-interop/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens dictionary-learning eai-sparsify pytest
+	.venv-interop/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens==6.54.12 dictionary-learning eai-sparsify pytest
 	.venv-interop/bin/pip install --quiet --no-deps sae-dashboard
 	.venv-interop/bin/pip uninstall --quiet --yes torchvision
 	RUN='$(or $(RUN),interop)' .venv-interop/bin/python -m pytest -q tests/interop.py

@@ -195,6 +195,8 @@ def hub_errors(kind: str, name: str):
             what = "does not exist on the Hugging Face hub, or is private: check the name, or set HF_TOKEN"
         elif not local and re.search(r"[Oo]ffline ?[Mm]ode|couldn't (connect|reach|find)|resolve host|LocalEntryNotFound|Max retries", text, re.IGNORECASE):
             what = "is not on this disk and the Hugging Face hub cannot be reached: connect (and unset HF_HUB_OFFLINE), or name a local folder"
+        elif "RevisionNotFoundError" in kinds:
+            raise UserError(f"{kind} {name} has no such revision: leave it away, or name a commit or branch that there is.") from error
         else:
             said = next((str(cause).strip() for cause in reversed(causes) if of_loading(cause) and str(cause).strip()), type(error).__name__)
             raise UserError(f"{kind} {name} could not be loaded: {said.splitlines()[0][:300]}") from error
@@ -690,6 +692,8 @@ class SAE(nn.Module):
         except FileNotFoundError:
             raise UserError(f"there is no SAE at {path}.") from None
         except Exception as error:  # the reader of zip archives and that of pickles raise many kinds
+            if "Unsupported global" in str(error):
+                raise UserError(f"{path} holds objects or code beside tensors, which are never run: it is no SAE of this project.") from None
             raise UserError(f"{path} is damaged, or no SAE of this project ({str(error).splitlines()[0][:150]}): train it again, or copy the file again.") from None
         parts = ("state_dict", "activation_mean", "norm_scale", "density", "max_act", "config")
         if not isinstance(saved, dict) or "format_version" not in saved:
@@ -717,6 +721,9 @@ class SAE(nn.Module):
         if wrong:
             what = f"no whole SAE of architecture {sae.architecture} ({d_in}, {d_sae})"
             raise UserError(f"{path} is {what}: it {', '.join(wrong)}; train it again, or copy the file again.")
+        values = {**state, **{name: saved[name] for name in ("activation_mean", "density", "max_act")}, "norm_scale": torch.tensor(float(saved["norm_scale"]))}
+        if bad := [name for name, value in values.items() if not torch.isfinite(value).all()]:
+            raise UserError(f"{path} has NaN or infinite values in {', '.join(bad)}: train it again, or copy the file again.")
         sae.load_state_dict(state)
         sae.mean, sae.density, sae.max_act = saved["activation_mean"], saved["density"], saved["max_act"]
         sae.config = saved["config"]

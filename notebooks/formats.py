@@ -33,7 +33,8 @@ from sae_utils import UserError
 # ---------------------------------------------------------------------------------------------
 
 
-TRANSCODER = "is a transcoder: it reads one place and writes to another, which cannot stand in one module's place"
+TRANSCODER = "is a transcoder: it reads one place and writes to another, which cannot stand in one module's place; choose a plain SAE"
+AGAIN = "copy or download both files again, from one place"
 
 
 @dataclass
@@ -58,6 +59,8 @@ class Told:
     def __post_init__(self):
         self.kind, self.model, self.hook, self.dataset, self.trained_as = (str(v or "") for v in (self.kind, self.model, self.hook, self.dataset, self.trained_as))
         self.k, self.seq_len, self.norm_scale = int(self.k or 0), int(self.seq_len or 0), float(self.norm_scale)
+        if not 0 <= self.norm_scale < math.inf:
+            raise ValueError("norm_scale")
 
 
 @dataclass
@@ -86,9 +89,9 @@ def _saelens(config: dict, words: str) -> Told:
     if normalize not in ("none", "constant_norm_rescale"):
         refused = f"normalises its input by {normalize}, which its weights do not hold; save it in SAELens with save_inference_model, which folds what can be folded"
     elif activation not in ("relu", "topk"):
-        refused = f"has the activation function {activation}, which no architecture here has"
+        refused = f"has the activation function {activation}, which no architecture here has; choose another SAE"
     elif told.get("hook_head_index") is not None:
-        refused = "reads one attention head, which is no module's output"
+        refused = "reads one attention head, which is no module's output; choose an SAE of a whole layer"
     elif told.get("hook_name_out") or told.get("d_out") not in (None, told.get("d_in")):
         refused = TRANSCODER
     return Told(
@@ -149,7 +152,7 @@ def _dictionary_learning(config: dict, words: str) -> Told:
 def _plain(config: dict, words: str) -> Told:
     about = config.get("config") or {}
     return Told(
-        config.get("architecture"), config.get("k"), bool(config.get("apply_b_dec_to_input")), about.get("model_name"), about.get("hook_name"), about.get("seq_len"),
+        config.get("architecture"), config.get("k"), bool(config["apply_b_dec_to_input"]), about.get("model_name"), about.get("hook_name"), about.get("seq_len"),
         about.get("dataset_name"), (config.get("d_in"), config.get("d_sae")), norm_scale=config["norm_scale"], more=about,
     )  # fmt: skip
 
@@ -269,10 +272,10 @@ def load(source: str, hook: str = "", device: str = "cpu", *, another_hook: bool
         what = f"reads {told}, for which no module is known here" if told else "does not tell what it reads"
         raise UserError(f"{source} {what}: name the module whose output that is, HOOK=model.layers.6.mlp say.")
     if hook and known and hook != known and not another_hook:
-        raise UserError(f"{source} was made for {known}, not {hook}: leave HOOK away, or ask for another hook expressly.")
+        raise UserError(f"{source} was made for {known}, not {hook}: leave `hook` away, or say another_hook=True.")
     at = hook or known
     layer = re.search(r"\.(\d+)(\.|$)", at)
-    sae.config = {"model_revision": ""} | sae.config | {"hook_name": at, "layer": int(layer[1]) if layer else None, "source": source, "format": name}
+    sae.config = {"model_name": "", "model_revision": "", "seq_len": 0, "dataset_name": ""} | sae.config | {"hook_name": at, "layer": int(layer[1]) if layer else None, "source": source, "format": name}
     if at != known:
         sae.config["made_for"] = known or told
     return sae.to(device).eval().requires_grad_(False)
@@ -314,7 +317,7 @@ def opened(source: str) -> tuple[str, Callable[[str], Path | None]]:
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-        inside = [*folder, name]
+        inside = [*folder, *name.split("/")]
         while ".." in inside:  # the folder above
             at = inside.index("..")
             inside[max(at - 1, 0) : at + 1] = []
@@ -322,8 +325,9 @@ def opened(source: str) -> tuple[str, Callable[[str], Path | None]]:
             try:
                 return Path(huggingface_hub.hf_hub_download(repo, "/".join(inside), revision=revision or None))
             except EntryNotFoundError as error:
-                if isinstance(error, LocalEntryNotFoundError):  # no network: it may be there all the same
-                    raise
+                seen = huggingface_hub.try_to_load_from_cache(repo, "/".join(inside), revision=revision or None)
+                if isinstance(error, LocalEntryNotFoundError) and isinstance(seen, (str, type(None))):
+                    raise  # no network, and it was not seen before that there is no such file
                 return None
 
     return words, on_hub
@@ -347,7 +351,7 @@ def read_tensors(file: Path, shown: str) -> dict[str, Tensor]:
     if isinstance(found, dict) and isinstance(found.get("ae"), dict):
         raise UserError(f"{shown} is a backup of a training that was cut short, not a finished SAE: go on with that training, or save its `ae` alone.")
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{shown} holds something else than tensors by name: it is no SAE of this format.")
+        raise UserError(f"{shown} holds something else than tensors by name: {AGAIN}, or name another SAE.")
     return found
 
 
@@ -383,12 +387,12 @@ def read(form: Format, file: Path, fetch, words: str, shown: str) -> tuple[sae_u
     if told.refused:
         raise UserError(f"{shown} {told.refused}.")
     if told.kind not in form.tensors:
-        raise UserError(f"{shown} is of architecture {told.kind or '(not told)'}, of which {', '.join(form.tensors)} are read here.")
+        raise UserError(f"{shown} is of architecture {told.kind or '(not told)'}, of which {', '.join(form.tensors)} are read here: choose one of these (a checkpoint of a SAELens training is saved anew with its save_inference_model).")
     found = read_tensors(file, shown)
     if "log_threshold" in found and "threshold" not in found:  # SAELens, until 2024
         found["threshold"] = found.pop("log_threshold").exp()
     if "k" in found and told.k and int(found["k"]) != told.k:
-        raise UserError(f"{shown} keeps k = {int(found['k'])} latents where its {form.config} says {told.k}: the two files do not belong together.")
+        raise UserError(f"{shown} keeps k = {int(found['k'])} latents where its {form.config} says {told.k}, so they do not belong together: {AGAIN}.")
     tensors = checked(form, told, found, shown)
     architecture = OURS.get(told.kind, told.kind)
     if sae_utils.ARCHITECTURES[architecture].name == "topk" and not 1 <= told.k <= len(tensors["b_enc"]):
@@ -429,36 +433,36 @@ def checked(form: Format, told: Told, found: dict[str, Tensor], shown: str) -> d
     beyond = [name for name in found if name not in theirs.values() and name not in form.unused]
     if missing:
         has = f" (it has {', '.join(sorted(found)[:12])})"
-        raise UserError(f"{shown} lacks {', '.join(missing)}: it is no whole SAE of architecture {told.kind}{has}.")
+        raise UserError(f"{shown} lacks {', '.join(missing)} of an SAE of architecture {told.kind}{has}: {AGAIN}.")
     if {"W_skip", "affine_skip_connection"} & {*beyond}:
         raise UserError(f"{shown} {TRANSCODER}.")
     if beyond:
-        raise UserError(f"{shown} holds {', '.join(beyond)}, which an SAE of architecture {told.kind} has not: its config is another SAE's, or of another version.")
+        raise UserError(f"{shown} holds {', '.join(beyond)}, which an SAE of architecture {told.kind} has not: {AGAIN}.")
     if "scaling_factor" in form.unused and "scaling_factor" in found and not torch.all(found["scaling_factor"] == 1):
         raise UserError(f"{shown} has a scaling_factor of its latents that is not 1, which no architecture here has: save it in SAELens with save_inference_model.")
     tensors = {}
     for name, other in table.items():
         tensor = found[theirs[name]]
         if not tensor.is_floating_point():
-            raise UserError(f"{shown} has {theirs[name]} in {str(tensor.dtype).removeprefix('torch.')}, not in floats: quantised weights are not read.")
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{shown} has NaN or infinite values in {theirs[name]}: its training went wrong, or the file is damaged.")
+            raise UserError(f"{shown} has {theirs[name]} in {str(tensor.dtype).removeprefix('torch.')}, not in floats: quantised weights are not read, so choose another SAE.")
         tensors[name] = (tensor.T if other.endswith(".T") else tensor).float()
+        if not torch.isfinite(tensors[name]).all():
+            raise UserError(f"{shown} has NaN or infinite values in {theirs[name]}: its training went wrong, or the file is damaged: download it again, or name another SAE.")
     d_in, d_sae = (len(tensors[name]) if tensors[name].ndim == 1 else None for name in ("b_dec", "b_enc"))
     for said, has, what in ((told.shape[0], d_in, "wide"), (told.shape[1], d_sae, "latents")):
         if said and has and said != has:
-            raise UserError(f"{shown} has {has} ({what}) where its {form.config} says {said}: the two files do not belong together.")
+            raise UserError(f"{shown} has {has} ({what}) where its {form.config} says {said!r}, so they do not belong together: {AGAIN}.")
     threshold = tensors.get("threshold")
     if threshold is not None and threshold.ndim == 0:
         if threshold < 0:
-            raise UserError(f"{shown} has no threshold yet (it is {threshold.item():g}): its training ended before one was measured.")
+            raise UserError(f"{shown} has no threshold yet (it is {threshold.item():g}): its training ended before one was measured, so choose another SAE.")
         tensors["threshold"] = threshold.expand(d_sae or 0).clone()
     for name, tensor in tensors.items():
         wanted = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,), "mean": (d_in,)}.get(name, (d_sae,))
         if tuple(tensor.shape) != wanted:
-            across = " it lies the other way round than in this format" if tuple(tensor.shape) == wanted[::-1] else " it belongs to another SAE"
+            across = "it lies the other way round than in this format, so save it anew with its own tool" if tuple(tensor.shape) == wanted[::-1] else f"it belongs to another SAE, so {AGAIN}"
             stored = tuple(found[theirs[name]].shape)
-            raise UserError(f"{shown} has {theirs[name]} of shape {stored}, which does not go with {d_in} wide and {d_sae} latents:{across}.")
+            raise UserError(f"{shown} has {theirs[name]} of shape {stored}, which does not go with {d_in} wide and {d_sae} latents: {across}.")
     return tensors
 
 
@@ -469,8 +473,8 @@ def unit_rows(tensors: dict[str, Tensor], architecture: str, scale: float, resca
     (encoder, biases, threshold), but for topk, where others would then be the largest: unless that is how it `rescaled`.
     """
     norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1, dtype=torch.float64)
-    norms = torch.where(norms > 0, norms, 1.0)  # a row of zeros stays one
-    low, high = norms.min().item(), norms.max().item()
+    low, high = (norms[norms > 0].min().item(), norms.max().item()) if norms.any() else (1.0, 1.0)
+    norms = torch.where(norms > 0, norms, high)  # a row of zeros stays one
     same = high - low < 1e-5 * high
     if same and abs(high - 1) < 1e-5:
         return tensors, scale, ""
@@ -500,8 +504,8 @@ def export(sae: sae_utils.SAE, folder: str | Path, format: str, about: dict) -> 
     """Writes the SAE into `folder` in one of EXPORTS, whole or not at all, and returns the folder.
 
     `about` has run, its name; metrics, of its metrics.json; settings, the parameters that it was trained with, where the run
-    trained it; for neuronpedia also features (what features.npz holds) and as_text (a token's text by its id). What the same run exported there before is replaced; a folder that holds
-    anything else is left alone. UserError there, and for what the format cannot hold.
+    trained it; for neuronpedia also features (what features.npz holds) and as_text (a token's text by its id). What the same run
+    exported there before is replaced; a folder that holds anything else is left alone. UserError there, and for what the format cannot hold.
     """
     if format not in EXPORTS:
         raise UserError(f"there is no export format {format or '(none named)'}: FORMAT is {', '.join(EXPORTS)}.")
@@ -533,8 +537,8 @@ def replaceable(folder: Path, pattern: str, run: str) -> list[Path]:
         raise UserError(f"{sae_utils.show_path(folder)} is a file: name another folder with OUT=.")
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     other = [file.name for file in files if not (file.is_file() and re.fullmatch(pattern, file.name))]
-    owners = [re.search(r'"run": "([^"]*)"', file.read_text(errors="replace")) for file in files if file.name in ("cfg.json", "sae.json", "run_settings.json")]
-    if files and not other and [owner and owner[1] for owner in owners] != [run]:
+    owners = [file.read_text(errors="replace") for file in files if file.name in ("cfg.json", "sae.json", "run_settings.json")]
+    if files and not other and [f'"run": {json.dumps(run)}' in owner for owner in owners] != [True]:
         other = ["files that no export of this run wrote"]
     if other:
         raise UserError(f"{sae_utils.show_path(folder)} holds {', '.join(other[:3])}: name an empty folder with OUT=, or empty this one.")

@@ -99,13 +99,15 @@ def publish(run: Path, exported: Path, repo: str, dry_run: bool = False, private
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
         raise UserError(f"REPO {repo!r} is no repository on the hub: say user/name.")
     card, folder = model_card(run, repo, exported.name), run / "export" / "publish"
+    if exported.name == "neuronpedia":
+        raise UserError(f"Neuronpedia's files hold no weights: publish with FORMAT=saelens or safetensors, and give Neuronpedia {sae_utils.show_path(exported)}.")
     readme, written = folder / "README.md", run / "export" / ".card"  # the card as it was last written there
     ours = "|".join(["README.md", *formats.EXPORTS.values()])
     if other := sorted(file.name for file in folder.glob("*") if not re.fullmatch(ours, file.name)):
         raise UserError(f"{sae_utils.show_path(folder)} holds {', '.join(other[:3])}, which this does not write: move it elsewhere.")
     if readme.exists() and written.exists() and readme.read_text(encoding="utf-8") != written.read_text(encoding="utf-8"):
         card = readme.read_text(encoding="utf-8")
-        print(f"{sae_utils.show_path(readme)} is kept as you left it; delete it for a new card.")
+        print(f"{sae_utils.show_path(readme)} is kept as you left it, whatever REPO and FORMAT it names; delete it for a new card.")
     else:
         written.write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

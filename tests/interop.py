@@ -21,6 +21,7 @@ from dictionary_learning import utils as dictionary_utils
 from dictionary_learning.training import trainSAE
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import HookedProxyLM
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler
 
 import experiment
@@ -86,18 +87,18 @@ SAELENS = {
 @pytest.mark.parametrize("name", SAELENS)
 def test_saved_by_saelens(tmp_path, name, less_b_dec):
     kind = name.partition(",")[0]
-    about = sae_lens.SAEMetadata(model_name="gpt2-small", hook_name="blocks.3.hook_mlp_out", context_size=64) if hasattr(sae_lens, "SAEMetadata") else None
-    config = getattr(sae_lens, kind + "Config")(d_in=D, d_sae=M, apply_b_dec_to_input=less_b_dec, **SAELENS[name], **({"metadata": about} if about else {}))
+    about = SAEMetadata(model_name="gpt2-small", hook_name="blocks.3.hook_mlp_out", context_size=64)
+    config = getattr(sae_lens, kind + "Config")(d_in=D, d_sae=M, apply_b_dec_to_input=less_b_dec, metadata=about, **SAELENS[name])
     trained = shuffled(getattr(sae_lens, kind)(config))
     if hasattr(trained, "topk_threshold"):
         trained.topk_threshold.fill_(0.2)
     trained.save_inference_model(tmp_path)
     theirs = sae_lens.SAE.load_from_disk(tmp_path)
-    sae = formats.load(str(tmp_path), hook="" if about else HOOK)
+    sae = formats.load(str(tmp_path))
     same = sae.architecture == "topk" and "notice" in sae.config or getattr(theirs.cfg, "rescale_acts_by_decoder_norm", False)
     lengths = 1.0 if same else theirs.W_dec.detach().norm(dim=1)
     compare(f"SAELens {name}{', less b_dec' if less_b_dec else ''}, read here", *both(sae, theirs, torch.randn(N, D)), lengths=lengths)
-    assert not about or sae.config["hook_name"] == "transformer.h.3.mlp"
+    assert sae.config["hook_name"] == "transformer.h.3.mlp"
 
 
 TRAINERS = {

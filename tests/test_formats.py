@@ -126,7 +126,7 @@ DICTIONARIES = {  # class: our rule, names where they are not ours, further tens
 }
 
 
-def dictionary(folder, t, kind, more=None, **trainer):
+def dictionary(folder, t, kind, more=None, io="out", **trainer):
     folder.mkdir(parents=True, exist_ok=True)
     names, further = DICTIONARIES[kind][1:]
     lie = lambda name, value: value.T.contiguous() if name in ("encoder.weight", "decoder.weight") else value
@@ -134,7 +134,7 @@ def dictionary(folder, t, kind, more=None, **trainer):
     torch.save(made | further | (more or {}), folder / "ae.pt")
     about = {"dict_class": kind, "activation_dim": D, "dict_size": M, "layer": 3, "lm_name": "EleutherAI/pythia-70m", "submodule_name": "resid_post_layer_3"}
     about |= {"k": K} if "k" in further else {}
-    (folder / "config.json").write_text(json.dumps({"trainer": about | trainer, "buffer": {"io": "out", "ctx_len": 64}}))
+    (folder / "config.json").write_text(json.dumps({"trainer": about | trainer, "buffer": {"io": io, "ctx_len": 64}}))
     return str(folder)
 
 
@@ -321,6 +321,14 @@ def cut(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def plain(root, without="", **changes):
+    """Our own plain export, its JSON without a key or with others' values."""
+    formats.export(ours("relu"), root, "safetensors", ABOUT)
+    config = json.loads((root / "sae.json").read_text())
+    (root / "sae.json").write_text(json.dumps({key: value for key, value in config.items() if key != without} | changes))
+    return str(root)
+
+
 def broken(root, what):
     """A source that cannot be read, as `what` says."""
     t = weights()
@@ -350,6 +358,14 @@ def broken(root, what):
         "groupmax": lambda: sparsify(root, t, activation="groupmax"),
         "no threshold yet": lambda: dictionary(root, t, "BatchTopKSAE", {"threshold": torch.tensor(-1.0)}),
         "another k": lambda: dictionary(root, t, "BatchTopKSAE", k=K + 1),
+        "float8 nan": lambda: saelens(root, with_nan | {"W_enc": with_nan["W_enc"].to(torch.float8_e4m3fn)}),
+        "another output": lambda: saelens(root, t, flat=True, hook_name_out="blocks.3.hook_resid_post"),
+        "other d_out": lambda: saelens(root, t, flat=True, d_out=D + 1),
+        "input dictionary": lambda: dictionary(root, t, "AutoEncoder", io="in"),
+        "in and out": lambda: dictionary(root, t, "AutoEncoder", io="in_and_out"),
+        "crosscoder": lambda: gemma_scope_2(root, weights("threshold"), type="crosscoder"),
+        "plain without b_dec rule": lambda: plain(root, "apply_b_dec_to_input"),
+        "plain bad norm": lambda: plain(root, "", norm_scale=-1.0),
         "class not known": lambda: dictionary(root, t, "AutoEncoder", dict_class="IdentityDict"),
         "class of another": lambda: dictionary(root, t, "AutoEncoder", dict_class="GatedAutoEncoder"),
     }  # fmt: skip
@@ -378,9 +394,9 @@ def broken(root, what):
 
 
 SAID = {
-    "another architecture": r"sae_weights\.safetensors lacks b_gate, r_mag, b_mag: it is no whole SAE of architecture gated",
+    "another architecture": r"sae_weights\.safetensors lacks b_gate, r_mag, b_mag of an SAE of architecture gated .*download both files again",
     "a tensor too many": r"holds threshold, which an SAE of architecture standard has not",
-    "an unknown architecture": r"is of architecture temporal, of which standard, topk, jumprelu, gated are read",
+    "an unknown architecture": r"is of architecture temporal, of which standard, topk, jumprelu, gated are read here: choose one of these",
     "nan": r"has NaN or infinite values in W_enc", "transposed": r"W_enc of shape \(32, 12\).*the other way round",
     "both transposed": r"W_enc of shape \(32, 12\).*the other way round", "of another SAE": r"W_dec of shape \(32, 13\).*belongs to another SAE",
     "config of another": r"has 12 \(wide\) where its cfg\.json says 13", "missing tensor": r"lacks b_dec", "integers": r"W_enc in int8.*quantised",
@@ -392,6 +408,8 @@ SAID = {
     "class of another": r"ae\.pt lacks encoder.* of architecture GatedAutoEncoder|ae\.pt lacks", "safetensors cut": r"sae_weights\.safetensors is damaged.*again",
     "npz cut": r"params\.npz is damaged", "ae cut": r"ae\.pt is damaged", "empty": r"sae_weights\.safetensors is damaged", "config cut": r"cfg\.json beside .* is no JSON object",
     "config a list": r"cfg\.json beside .* is no JSON object", "no config": r"stands without cfg\.json", "npz with objects": r"params\.npz holds objects or code.*never run",
+    "float8 nan": r"has NaN or infinite values in W_enc.*download it again", "another output": r"is a transcoder", "other d_out": r"is a transcoder", "input dictionary": r"reads the input of resid_post_layer_3, for which no module is known",
+    "in and out": r"is a transcoder", "crosscoder": r"is a transcoder", "plain without b_dec rule": r"sae\.json beside .* is not as this format's own tool", "plain bad norm": r"sae\.json beside .* is not as this format's own tool",
     "ae backup": r"ae\.pt is a backup of a training", "ae a list": r"something else than tensors",
 }  # fmt: skip
 
@@ -480,6 +498,7 @@ def hub(monkeypatch, tmp_path):
     asked = []
 
     def download(repo, file, revision=None):
+        assert ".." not in file.split("/")  # a hub has no folder above
         asked.append((repo, file, revision))
         if not (tmp_path / "hub" / file).is_file():
             raise EntryNotFoundError(f"404: {file}")
@@ -538,6 +557,26 @@ def test_gated_and_absent_repositories(monkeypatch, error, said):
         formats.load("owner/name/folder")
 
 
+def test_what_the_hub_gave_before_is_read_without_a_network(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    commit = "a" * 40
+    cache, root = tmp_path / "hub", tmp_path / "hub" / "models--google--gemma-scope-2-1b-it"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    t = weights("threshold")
+    gemma_scope_2(root / "snapshots" / commit / "mlp_out" / "layer_3", t)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    source = "google/gemma-scope-2-1b-it/mlp_out/layer_3"
+    with pytest.raises(sae_utils.UserError, match="cannot be reached"):  # it may have an sae.pth, for all that is known
+        formats.load(source)
+    for name in ("sae.pth", "sae_weights.safetensors"):
+        mark = root / ".no_exist" / commit / "mlp_out" / "layer_3" / name
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    same_as_formula(formats.load(source), t, "jumprelu", False)
+
+
 def test_no_network(monkeypatch):
     with pytest.raises(sae_utils.UserError, match="is not on this disk and the Hugging Face hub cannot be reached"):
         formats.load("owner/name/folder")
@@ -587,6 +626,7 @@ def test_saelens_round_trip(tmp_path, architecture, less_b_dec):
     assert all(back.config[name] == sae.config[name] for name in ("model_name", "hook_name", "seq_len", "dataset_name", "layer"))
     metadata = config["metadata"]
     assert metadata["l0"] == 5.0 and metadata["num_dead_features"] == 4 and metadata["training_architecture"] == architecture and metadata["prepend_bos"] is True
+    assert metadata["fvu"] == 0.25 and metadata["trained_on_rows"] == 900 and metadata["sae_lens_version"].startswith("6.")
     assert metadata["training_settings"] == {"lr": 1e-3} and metadata["context_size"] == 32 and metadata["model_class_name"] == "AutoModelForCausalLM"
 
 
@@ -669,6 +709,7 @@ def test_neuronpedia(tmp_path):
     assert first["qualifying_token_index"] == 5 and first["tokens"] == [f"<{t}>" for t in tokens[2, 0, 3:]] and (first["bin_min"], first["bin_max"], first["bin_contains"]) == (-1, 99, -1)
     assert first["values"] == [round(float(v), 3) for v in acts[2, 0, 3:]]
     assert two["pos_str"] == [f"<{t}>" for t in listed["promoted"][2]] and two["neg_values"] == [round(v, 3) for v in listed["suppressed_by"][2]]
+    assert two["neg_str"] == [f"<{t}>" for t in listed["suppressed"][2]] and two["pos_values"] == [round(v, 3) for v in listed["promoted_by"][2]]
     assert two["frac_nonzero"] == pytest.approx(float(density[2])) and two["freq_hist_data_bar_heights"] == [round(0.05 * float(density[2]) * 1000)] * 20
     assert len(two["activations"]) == 20 and len(three["activations"]) == 8
     bins = [(a["bin_min"], a["bin_max"]) for a in two["activations"][10:]]

@@ -113,12 +113,17 @@ def test_damaged_and_foreign_files_are_refused_in_one_sentence(sae, tmp_path, fr
     with pytest.raises(u.UserError, match="is damaged"):
         u.SAE.load(path)
     torch.save({"format_version": 2, "trap": Trap(tmp_path / "sprung")}, path)
-    with pytest.raises(u.UserError, match="is damaged, or no SAE"):
+    with pytest.raises(u.UserError, match="holds objects or code beside tensors, which are never run"):
         u.SAE.load(path)
     assert not (tmp_path / "sprung").exists()  # nothing in it was run
     for wrong, message in (({"weights": 1}, "no format_version"), ([1, 2], "no format_version"), (saved | {"format_version": 99}, "format 99")):
         torch.save(wrong, path)
         with pytest.raises(u.UserError, match=message):
+            u.SAE.load(path)
+    state = saved["state_dict"]
+    for name, wrong in (("W_enc", saved | {"state_dict": state | {"W_enc": state["W_enc"] * float("nan")}}), ("activation_mean", saved | {"activation_mean": saved["activation_mean"] / 0}), ("norm_scale", saved | {"norm_scale": float("inf")})):
+        torch.save(wrong, path)
+        with pytest.raises(u.UserError, match=f"has NaN or infinite values in {name}: train it again"):
             u.SAE.load(path)
     torch.save({name: value for name, value in saved.items() if name != "activation_mean"}, path)
     with pytest.raises(u.UserError, match="lacks activation_mean"):
