@@ -3,7 +3,6 @@ without the half of the held-out text that tries it."""
 
 import math
 import re
-import statistics
 import unicodedata
 from contextlib import contextmanager
 
@@ -386,7 +385,7 @@ def share_in_topic(sae: sae_utils.SAE, rows, index: Tensor, tokens: list[int], l
     return torch.where(fired >= 15, inside / total.clamp_min(1e-9), 0.0)
 
 
-def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], like: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 3) -> dict[int, str]:
+def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], like: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 3, lowers: bool = False) -> dict[int, str]:
     """{latent: why} that may bring a topic of which `tokens` are the words, `most` of each kind: "text", the largest
     shares of their activation lie in text about it (`share_in_topic`, rows `index`); "words", they fire best on its words
     or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most, beyond those of `like`,
@@ -396,7 +395,7 @@ def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index
     places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
     ranked = {
         "text": share_in_topic(sae, rows, index, tokens), "words": announce_f1(sae, rows.activations, index, either, [1])[0],
-        "gradient": slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope, like),
+        "gradient": (-1 if lowers else 1) * slopes(model, tokenizer, hook_name, sae, texts, places, prompts, tokens, scope, like),
     }  # fmt: skip
     live, found = (sae.density > 0).cpu(), {}
     for why, scores in ranked.items():
@@ -405,11 +404,11 @@ def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index
     return found
 
 
-def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, sets: list[list[int]], pairs_of) -> list[dict]:
+def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], written: list[list[int]], pool: dict, sets: list[list[int]], pairs_of, lowers: bool = False) -> list[dict]:
     """Latents of `pool` {latent: why} and what an edit of each, (patch, scope) `pairs_of([latent])`, does to a topic in
     what the model has `written` after `prompts`, the best first: {latents, why, change, beyond}. change: of the log-odds
     of the mean probability that a token of the topic comes next, the mean over the texts; beyond: by how much that
-    exceeds the change for words as frequent. `sets`: the tokens of both."""
+    exceeds the change for words as frequent. `sets`: the tokens of both. With `lowers` the best are those that lower it most."""
     texts = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
     places = [range(len(prompt) - 1, len(text)) for prompt, text in zip(prompts, texts, strict=True)]
 
@@ -422,7 +421,7 @@ def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
         with editing.intervene(model, hook_name, sae, tokenizer, pairs_of([latent])):
             change, like = (odds() - before).tolist()
         found.append({"latents": [latent], "why": why, "change": change, "beyond": change - like})
-    return sorted(found, key=lambda c: -c["beyond"])
+    return sorted(found, key=lambda c: c["beyond"] if lowers else -c["beyond"])
 
 
 def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, arms: list[tuple], sets: list[list[int]], pairs_of, at_once: int = 96) -> list[dict]:
@@ -451,13 +450,13 @@ def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: 
     return found
 
 
-def topic_search(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, groups: list[list[int]], strength: float, sets: list[list[int]], pairs_of, broken, rounds: int = 3) -> list[dict]:
+def topic_search(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, groups: list[list[int]], strength: float, sets: list[list[int]], pairs_of, broken, rounds: int = 3, lowers: bool = False) -> list[dict]:
     """`topic_trials` of each of `groups` of latents at half of `strength`, then, in `rounds` that halve the step, at more
     where the text was not `broken(cost, repeats)` and at less where it was. First those that raise the topic farthest
-    beyond words as frequent, broken ones last."""
+    beyond words as frequent (with `lowers`, lower it), broken ones last."""
     at, found = [strength / 2] * len(groups), []
     for step in (strength / 2 ** (n + 2) for n in range(rounds)):
         tries = topic_trials(model, tokenizer, hook_name, sae, prompts, own, list(zip(groups, at, strict=True)), sets, pairs_of)
         at = [strength - step if broken(t["cost"], t["repeats"]) else strength + step for strength, t in zip(at, tries, strict=True)]
         found += tries
-    return sorted(found, key=lambda c: (bool(broken(c["cost"], c["repeats"])), -c["beyond"]))
+    return sorted(found, key=lambda c: (bool(broken(c["cost"], c["repeats"])), c["beyond"] if lowers else -c["beyond"]))

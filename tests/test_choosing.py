@@ -327,6 +327,8 @@ def test_three_ways_to_a_topic(place):
     torch.testing.assert_close(slope, topic - like, rtol=1e-3, atol=1e-4)
     slope[:4] = -99
     assert set(slope.topk(3).indices.tolist()) <= set(pool)
+    slope[:4] = 99
+    assert set((-slope).topk(3).indices.tolist()) <= set(choosing.topic_pool(model, tokenizer, hook, sae, rows, index, next_token, [5, 9], [6, 7, 11], prompts, written, "generated", most=3, lowers=True))
 
 
 def odds64(p):
@@ -387,6 +389,8 @@ def test_latents_for_a_topic_by_what_they_do(place):
     pairs_of = lambda latents: [(editing.set_value(latents, 4.0, sae.max_act), "generated")]
     found = choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, sets, pairs_of)
     assert {c["latents"][0] for c in found} == set(pool) and [c["beyond"] for c in found] == sorted((c["beyond"] for c in found), reverse=True)
+    falling = choosing.topic_candidates(model, tokenizer, hook, sae, prompts, written, pool, sets, pairs_of, lowers=True)
+    assert [c["latents"] for c in falling] == [c["latents"] for c in found][::-1]
     said = lambda pairs, tokens: sum(odds64(heard_by_hand(model, tokenizer, hook, sae, prompt, more, tokens, pairs, True)) for prompt, more in zip(prompts, written, strict=True)) / 3
     for c in found:
         change, like = (said(pairs_of(c["latents"]), tokens) - said([], tokens) for tokens in sets)
@@ -420,13 +424,17 @@ def test_strengths_are_sought_by_halving(monkeypatch):
 
     def fake(model, tokenizer, hook, sae, prompts, own, arms, *rest):
         rounds.append(arms)
-        return [{"latents": g, "strength": s, "beyond": s * len(g), "cost": s - (5 if g == [1] else 2.2), "repeats": 0.0} for g, s in arms]
+        return [{"latents": g, "strength": s, "beyond": s * len(g), "cost": s - (5 if g == [1] else 2.2), "repeats": 0.3 * (len(arms) == 1)} for g, s in arms]
 
     monkeypatch.setattr(choosing, "topic_trials", fake)
     found = choosing.topic_search(None, None, "", None, [], None, [[1], [2, 3]], 8.0, [], None, lambda cost, repeats: ["dear"] * (cost > 0))
     assert rounds == [[([1], 4.0), ([2, 3], 4.0)], [([1], 6.0), ([2, 3], 2.0)], [([1], 5.0), ([2, 3], 3.0)]]
     assert (found[0]["latents"], found[0]["strength"]) == ([1], 5.0) and len(found) == 6
     assert [c["beyond"] for c in found[:3]] == [5.0, 4.0, 4.0] and all(c["cost"] > 0 for c in found[3:])
+    found = choosing.topic_search(None, None, "", None, [], None, [[1], [2, 3]], 8.0, [], None, lambda cost, repeats: ["dear"] * (cost > 0), lowers=True)
+    assert [c["beyond"] for c in found[:3]] == [4.0, 4.0, 5.0] and all(c["cost"] > 0 for c in found[3:])  # those that raise it least
+    worn = choosing.topic_search(None, None, "", None, [], None, [[1]], 8.0, [], None, lambda cost, repeats: ["worn"] * (repeats > 0.1))
+    assert [c["strength"] for c in worn] == [4.0, 2.0, 1.0]
 
 
 def test_words_as_frequent_as_a_topics():
