@@ -252,7 +252,11 @@ def finished_run(run_dir: str) -> Path:
 
 def recorded_params(file: Path, notebook: str) -> dict:
     """The parameters that `file`, a params.json, records; those that are newer than it at their defaults."""
-    return {name: p.default for name, p in declared_params(notebook).items()} | json.loads(file.read_text())["parameters"]
+    try:
+        recorded = dict(json.loads(file.read_text())["parameters"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise sae_utils.UserError(f"{sae_utils.show_path(file)} is cut off, or not of this project: look at it, or take another name (RUN=, SWEEP=).") from None
+    return {name: p.default for name, p in declared_params(notebook).items()} | recorded
 
 
 def refuse_other_params(file: Path, params: dict, notebook: str) -> None:

@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 
 import experiment
+import listing
 import sae_utils
 
-# What the rows depend on, beside the layer.
-OF_ROWS = """model_name model_revision hook dataset_name dataset_revision dataset_config dataset_split text_column n_activations chat seq_len
-    activation_dtype dtype""".split()
+OF_ROWS = listing.ROWS - {"layer", "held_out_fraction", "non_finite"}  # what the rows depend on, beside the layer
 
 
 def read_grid(grid: str) -> dict[str, list]:
@@ -42,8 +41,8 @@ def plan(grid: str, sweep: str, flags: list[str]) -> str:
 
     UserError, before anything runs, where the grid is none, an axis does nothing, or a name is taken.
     """
-    if not re.fullmatch(r"[\w./-]*\w", sweep):
-        raise sae_utils.UserError(f"SWEEP {sweep!r} names no folder: letters, digits, '.', '-' and '_' will do.")
+    if not re.fullmatch(r"[\w./-]*\w", sweep, re.ASCII) or ".." in sweep.split("/"):
+        raise sae_utils.UserError(f"SWEEP {sweep!r} names no sweep: letters from a to z, digits, '.', '-' and '_' will do.")
     axes, given = read_grid(grid), experiment.given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
     as_flags = lambda part: "".join(f" -p {name} {shlex.quote(str(value))}" for name, value in part.items()).replace("$", "$$").replace("#", "\\#")
     of_cell, of_rows, missing = {}, {}, 0
@@ -82,37 +81,18 @@ def minutes_of(folder: Path) -> float | None:
         return None
 
 
-def figures_of(folder: Path) -> dict[str, str] | None:
-    """Of a finished run, on held-out rows: fvu, L0, CE increase (nats), dead; and minutes, those of its last start where
-    it was stopped in between. None where its files do not tell."""
-    try:
-        found = json.loads((folder / "metrics.json").read_text())
-        figures = found["fvu"], found["l0"], found["ce_spliced"] - found["ce_clean"], found["dead"], minutes_of(folder)
-        written = ("-" if value is None else format(value, form) for value, form in zip(figures, (".4f", ".1f", "+.4f", ".1%", ".1f"), strict=True))
-        return dict(zip(("fvu", "L0", "CE increase", "dead", "minutes"), written, strict=True))
-    except (OSError, ValueError, KeyError, TypeError):  # half-written, or of something else
-        return None
-
-
-def what_failed(folder: Path) -> str:
-    """Why a run is not finished, as far as its folder tells."""
-    try:
-        cells = json.loads((folder / "sae_training.failed.ipynb").read_text())["cells"]
-        error = next(out for cell in cells for out in cell.get("outputs", []) if out["output_type"] == "error")
-        return f"failed: {error['ename']}: {error['evalue']}"[:200]
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
-        return "not finished: where it began, the lines above that begin with its name tell why"
-
-
 def table(file: str) -> None:
-    """Prints what came of each cell of `plan`'s file: its figures on held-out rows, or why there are none."""
+    """Prints what came of each cell of `plan`'s file: its figures on held-out rows, or why there are none; minutes are those
+    of its last start, where it was stopped in between."""
     cells = Path(file).read_text().splitlines()[0].split()[2:]
-    folders = [sae_utils.resolve(cell).parent for cell in cells]
-    finished = [folder for folder in folders if (folder / ".done").exists()]
-    width, names = max(len(folder.name) for folder in folders), ("fvu", "L0", "CE increase", "dead", "minutes")
-    print("", "  ".join(["run".ljust(width), *(name.rjust(8) for name in names)]), sep="\n")
-    for folder in folders:
-        found = figures_of(folder) if folder in finished else None
-        said = "its figures cannot be read" if folder in finished else what_failed(folder)
-        print("  ".join([folder.name.ljust(width), *(found[name].rjust(max(8, len(name))) for name in names)] if found else [folder.name.ljust(width), said]))
-    print(f"{len(finished)} of {len(folders)} cells are finished" + ("." if finished == folders else "; asked again, only the others run."))
+    runs = [listing.read_run(sae_utils.resolve(cell).parent, whole=False) for cell in cells]
+    names = {"fvu": ".4f", "l0": ".1f", "ce_increase": "+.4f", "dead": ".1%", "minutes": ".1f"}
+    width = max(len(run.name) for run in runs)
+    print("", "  ".join(["run".ljust(width), *(name.rjust(8) for name in ("fvu", "L0", "CE increase", "dead", "minutes"))]), sep="\n")
+    for run in runs:
+        found = run.figures | {"minutes": minutes_of(run.folder)}
+        figures = "  ".join(("-" if found[name] is None else format(found[name], form)).rjust(11 if name == "ce_increase" else 8) for name, form in names.items()) if run.figures else ""
+        begun = run.reason if run.folder.exists() else "not begun: the lines above that begin with its name tell why"
+        print(f"{run.name.ljust(width)}  {figures or begun}")
+    finished = sum(run.state == "finished" for run in runs)
+    print(f"{finished} of {len(runs)} cells are finished" + ("." if finished == len(runs) else "; asked again, only the others run."))

@@ -391,11 +391,12 @@ class Trainer:
 class Progress:
     """Prints a line now and then, within an epoch that is longer than `seconds`; then at most once in as long, and rarer up to a minute.
 
-    Call it after each step, with how many of how many rows of the epoch are done.
+    Call it after each step, with how many of how many rows of the epoch are done. `variance`: of the rows as they are trained
+    on, a dimension's mean, which mse is held against (fvu).
     """
 
-    def __init__(self, trainer: Trainer, total_steps: int, seconds: float):
-        self.trainer, self.total, self.due = trainer, total_steps, sae_utils.Every(seconds, longest=60)
+    def __init__(self, trainer: Trainer, total_steps: int, variance: float, seconds: float):
+        self.trainer, self.total, self.variance, self.due = trainer, total_steps, variance, sae_utils.Every(seconds, longest=60)
         self.begun, self.first_step, self.first_row = time.monotonic(), trainer.steps, None
 
     def __call__(self, done: int, rows: int) -> None:
@@ -406,7 +407,7 @@ class Progress:
         found, step = self.trainer.means(), self.trainer.steps
         took = max(1e-9, time.monotonic() - self.begun)
         left = sae_utils.duration((self.total - step) * took / max(1, step - self.first_step))
-        print(f"step {step:,} of {self.total:,} ({step / self.total:.0%}), {done / rows:.0%} of the epoch: loss {found['loss']:.5f}, l0 {found['l0']:.1f}; {(done - self.first_row) / took:,.0f} rows/s, {left} left")
+        print(f"step {step:,} of {self.total:,} ({step / self.total:.0%}), {done / rows:.0%} of the epoch: fvu {found['mse'] / self.variance:.4f}, l0 {found['l0']:.1f}; {(done - self.first_row) / took:,.0f} rows/s, {left} left")
 
 
 def save_checkpoint(path: Path, trainer: Trainer, rows: str, **more) -> None:

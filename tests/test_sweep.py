@@ -111,13 +111,17 @@ def test_what_is_no_grid_is_one_sentence(folder, grid, sentence):
 
 
 def test_names_of_sweeps_and_of_runs_that_are_taken(folder):
-    for name in ("", "a b", "a'b", "$(shell)", "a/"):
-        with pytest.raises(u.UserError, match="names no folder"):
+    for name in ("", "a b", "a'b", "$(shell)", "a/", "../a", "ü"):
+        with pytest.raises(u.UserError, match="names no sweep"):
             sweep.plan("k=1", name, as_flags(given(folder)))
     taken = folder / "runs" / "try-k4"
     experiment.record_params(taken / "params.json", training_params(folder, architecture="topk", k=4, lr=0.1) | {"run_dir": str(taken)})
     with pytest.raises(u.UserError, match="already holds a run with other parameters .*lr was 0.1"):
         sweep.plan("k=2,4", str(folder / "runs" / "try"), as_flags(given(folder)))
+    for foreign in ("", "{", "[1]", '{"accuracy": 1}', '{"parameters": 3}'):
+        (taken / "params.json").write_text(foreign)
+        with pytest.raises(u.UserError, match="params.json is cut off, or not of this project"):
+            sweep.plan("k=2,4", str(folder / "runs" / "try"), as_flags(given(folder)))
 
 
 def test_what_make_reads_is_what_was_given(folder):
@@ -172,19 +176,23 @@ def test_what_is_said_to_do_nothing_does_nothing(architecture, name, value):
     assert torch.equal(train(), train(**{name: value})) == (name in experiment.idle(params))
 
 
-def test_a_long_epoch_is_not_silent(capsys):
+def test_a_long_epoch_is_not_silent(capsys, monkeypatch):
+    """Two seconds a step: of the last 29 steps, of 100 rows each, half as many again are to come."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     trainer, rows = training.Trainer(u.SAE(8, 32, seed=0, architecture="topk", k=4)), torch.nn.functional.normalize(torch.randn(3000, 8), dim=1)
-    progress = training.Progress(trainer, 60, 0.0)
+    progress = training.Progress(trainer, 60, 0.2, 0.0)
     for step, batch in enumerate(rows.split(100), 1):
         trainer.step(batch, 1e-3)
+        now[0] += 2
         before = {name: value.clone() for name, value in trainer.state.items()}
         progress(100 * step, 3000)
         assert all(torch.equal(value, before[name]) for name, value in trainer.state.items()) and not trainer.any_dead
     lines = capsys.readouterr().out.splitlines()
     found = trainer.means()
-    assert len(lines) == 30 and lines[-1].startswith(f"step 30 of 60 (50%), 100% of the epoch: loss {found['loss']:.5f}, l0 {found['l0']:.1f}; ")
-    assert re.search(r"; [\d,]+ rows/s, \d+ seconds left$", lines[-1]) and found["l0"] == pytest.approx(4)
-    training.Progress(trainer, 60, 10.0)(100, 3000)
+    assert len(lines) == 30 and found["l0"] == pytest.approx(4)
+    assert lines[-1] == f"step 30 of 60 (50%), 100% of the epoch: fvu {found['mse'] / 0.2:.4f}, l0 {found['l0']:.1f}; 50 rows/s, {u.duration(60)} left"
+    training.Progress(trainer, 60, 0.2, 10.0)(100, 3000)
     assert capsys.readouterr().out == ""  # an epoch that is younger than that says nothing
 
 
@@ -217,26 +225,36 @@ def test_make_shows_what_it_would_do(folder):
     assert refused.returncode == 2 and "Error: parameter k must be a whole number" in refused.stderr and not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"fvu": 1.0}', '{"fvu": "low", "l0": 1.0, "ce_spliced": 2.0, "ce_clean": 1.0, "dead": 0.0}'])
+def figures(**changes) -> dict:
+    """A run's metrics.json, as far as it is read here."""
+    arm = {name: [0.25, 0.2, 0.3] for name in ("fvu", "l0", "ce_increase")}
+    metrics = {"fvu": 0.25, "l0": 3.14, "ce_spliced": 2.5, "ce_clean": 2.25, "ce_zero": 9.0, "dead": 0.125, "kl": 0.1, "ce_recovered": 0.9, "doctor": [], "rows": 9, "d_in": 4, "d_sae": 8}
+    return metrics | {"fidelity": dict.fromkeys(("sae", "kmeans", "pca", "untrained"), arm)} | changes
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"fvu": 1.0}', json.dumps(figures(fvu="low"))])
 def test_a_table_of_runs_whose_files_do_not_tell(tmp_path, capsys, content):
-    names = ("odd", "good", "none", "broken", "torn", "killed")
+    names = ("odd", "good", "none", "broken", "torn", "killed", "again")
     for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "sae_training.ipynb").write_text('{"metadata": {"papermill": {"duration": 90}}}')
+        if name != "none":
+            experiment.record_params(tmp_path / name / "params.json", experiment.check_params("sae_training", {}))
+            (tmp_path / name / "sae_training.ipynb").write_text('{"metadata": {"papermill": {"duration": 90}}}')
     (tmp_path / "killed" / "sae_training.ipynb").rename(tmp_path / "killed" / "sae_training.running.ipynb")
-    good = '{"fvu": 0.25, "l0": 3.14, "ce_spliced": 2.5, "ce_clean": 2.25, "dead": null}'
-    for name, text in (("odd", content), ("good", good), ("killed", good)):
+    for name, text in (("odd", content), ("good", json.dumps(figures())), ("killed", json.dumps(figures()))):
         (tmp_path / name / "metrics.json").write_text(text)
         (tmp_path / name / ".done").touch()
     error = {"output_type": "error", "ename": "ValueError", "evalue": "too few"}
-    (tmp_path / "broken" / "sae_training.failed.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "stream"}, error]}, {}]}))
+    for name in ("broken", "again"):
+        (tmp_path / name / "sae_training.failed.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "stream"}, error]}, {}]}))
+    (tmp_path / "again" / "sae_training.running.ipynb").touch()  # at work once more, or killed at it
     (tmp_path / "torn" / "sae_training.failed.ipynb").write_text(content)
     (tmp_path / "plan.mk").write_text("CELLS := " + " ".join(f"{tmp_path}/{name}/.done" for name in names) + "\nROWS :=\n")
     sweep.table(str(tmp_path / "plan.mk"))
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split()[0] for line in lines[:6]] == list(names) and lines[6].startswith("3 of 6 cells are finished; ")
-    assert "cannot be read" in lines[0] and lines[1].split()[1:] == ["0.2500", "3.1", "+0.2500", "-", "1.5"]
-    assert "not finished" in lines[2] and lines[3].endswith("failed: ValueError: too few") and "not finished" in lines[4] and lines[5].split()[1:] == ["0.2500", "3.1", "+0.2500", "-", "-"]
+    assert [line.split()[0] for line in lines[:7]] == list(names) and lines[7].startswith("3 of 7 cells are finished; ")
+    assert "metrics.json" in lines[0] and lines[1].split()[1:] == ["0.2500", "3.1", "+0.2500", "12.5%", "1.5"]
+    assert "not begun" in lines[2] and lines[3].endswith("ValueError: too few") and "see sae_training.failed.ipynb" in lines[4]
+    assert lines[5].split()[1:] == ["0.2500", "3.1", "+0.2500", "12.5%", "-"] and "not finished, or still at work" in lines[6]
 
 
 @pytest.mark.repeats
