@@ -272,7 +272,7 @@ def candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, seen: dict,
             facts = {"word": word, "sources": between, "own": {s: i for s, i in own.items() if i not in group}, "latents": group, "f1": scores[group].max().item()}
             found.append(facts | tried(model, tokenizer, hook_name, sae, pairs_of(group), seen, places, word))
     sign = -1 if lowers else 1
-    return sorted(found, key=lambda c: (c["of"] < ENOUGH, -sign * c["first"] / c["of"], -sign * c["beyond"]))
+    return sorted(found, key=lambda c: (c["of"] < ENOUGH, not math.isfinite(c["beyond"]), -sign * c["first"] / c["of"], -sign * c["beyond"]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -280,13 +280,16 @@ def candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, seen: dict,
 # ---------------------------------------------------------------------------------------------
 
 
-def check_topic(words: list, target_word: str) -> None:
-    """UserError where the words of a topic are not words, or a single word is asked for as well."""
-    for word in words:
-        if not isinstance(word, str) or not word.strip():
-            raise UserError(f"topic_words: a word is a text, not {word!r} (in YAML, quotes make one of a number).")
-    if words and target_word:
+def check_words(topic_words: list, target_word: str, source_words: list) -> None:
+    """UserError where the words of a topic or those to replace are not words, or where they contradict the target."""
+    for name, words in (("topic_words", topic_words), ("source_words", source_words)):
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                raise UserError(f"{name}: a word is a text, not {word!r} (in YAML, quotes make one of a number, and of yes and no).")
+    if topic_words and target_word:
         raise UserError("topic_words and target_word are two experiments: name one of them.")
+    if target_word and target_word.strip() in [word.strip() for word in source_words]:
+        raise UserError(f"target_word {target_word.strip()!r} is among source_words: a word does not replace itself.")
 
 
 def topic_tokens(tokenizer, words: list[str]) -> list[int]:
@@ -421,7 +424,7 @@ def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
         with editing.intervene(model, hook_name, sae, tokenizer, pairs_of([latent])):
             change, like = (odds() - before).tolist()
         found.append({"latents": [latent], "why": why, "change": change, "beyond": change - like})
-    return sorted(found, key=lambda c: c["beyond"] if lowers else -c["beyond"])
+    return sorted(found, key=lambda c: (not math.isfinite(c["beyond"]), c["beyond"] if lowers else -c["beyond"]))
 
 
 def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, arms: list[tuple], sets: list[list[int]], pairs_of, at_once: int = 96) -> list[dict]:
@@ -459,4 +462,4 @@ def topic_search(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: 
         tries = topic_trials(model, tokenizer, hook_name, sae, prompts, own, list(zip(groups, at, strict=True)), sets, pairs_of)
         at = [strength - step if broken(t["cost"], t["repeats"]) else strength + step for strength, t in zip(at, tries, strict=True)]
         found += tries
-    return sorted(found, key=lambda c: (bool(broken(c["cost"], c["repeats"])), c["beyond"] if lowers else -c["beyond"]))
+    return sorted(found, key=lambda c: (not math.isfinite(c["cost"] + c["beyond"]), bool(broken(c["cost"], c["repeats"])), c["beyond"] if lowers else -c["beyond"]))

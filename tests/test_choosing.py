@@ -449,9 +449,12 @@ def test_words_as_frequent_as_a_topics():
     assert drawn == {(2,), (4,), (8,)}
 
 
-@pytest.mark.parametrize(("words", "target", "message"), [([3], "", "not 3"), ([" "], "", "not ' '"), (["war"], "red", "two experiments")])
-def test_a_topic_that_is_none(words, target, message):
+@pytest.mark.parametrize(("words", "target", "sources", "message"), [
+    ([3], "", [], "topic_words: .*not 3"), ([" "], "", [], "topic_words: .*not ' '"), (["war"], "red", [], "two experiments"),
+    ([], "", [5], "source_words: .*not 5"), ([], "red", [False, True], "source_words: .*not False .in YAML, quotes"), ([], " red", ["blue", "red"], "'red' is among source_words"),
+])  # fmt: skip
+def test_words_that_are_none(words, target, sources, message):
     with pytest.raises(u.UserError, match=message):
-        choosing.check_topic(words, target)
-    choosing.check_topic(["war"], "")
-    choosing.check_topic([], "red")
+        choosing.check_words(words, target, sources)
+    choosing.check_words(["war"], "", [])
+    choosing.check_words([], "red", ["blue", "redder"])
