@@ -67,7 +67,9 @@ def writing(path: str | Path):
     """Turns a full disk, or one that may not be written to, into one sentence that names `path`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch's writer of archives loses the first behind the second
+    except UserError:
+        raise
+    except Exception as error:  # torch's archives and matplotlib's PDF raise their own on top of it
         causes = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(cause)
@@ -848,7 +850,7 @@ def _wrong_parts(saved: dict) -> list[str]:
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.numel():
         return [*found, "has no matrix W_enc"]
     d_in, d_sae = matrix.shape
-    if rule is not None and not (number(config["k"], int) and (1 if rule.knob == "k" else 0) <= config["k"] <= d_sae):
+    if rule is not None and not (number(config["k"], int) and (rule.name == "topk") <= config["k"] <= d_sae):
         found.append(f"has k {config['k']!r} for {d_sae} latents")
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     shapes |= {name: tuple(tensor.shape) for kind in (rule.tensors(d_sae) if rule else ()) for name, tensor in kind.items()}
