@@ -144,7 +144,9 @@ def survey(model, rows, index: Tensor, next_token: Tensor, words: list[int], see
     """What the model says at places where one of `words` comes, among the rows `index`: {prompts, window (n,), says (n,),
     value (n,), odds (n, len(words)), words}: the text up to each place as token ids and the window it is from, the first
     choice there, its probability, and the log-odds of each of the words. Of windows in random order as many are run as come to `tokens`, none beyond
-    LONGEST tokens; at most eight places each. `next_token` (N,) as `followers` gives it."""
+    LONGEST tokens; at most eight places each. `next_token` (N,) as `followers` gives it. UserError where there is no word."""
+    if not words:
+        raise UserError("no token of this model is a word by itself in this text, as where each is a part of a character: there is no word to bring; choose a model whose tokens are words of it.")
     fits = index[torch.isin(next_token[index], torch.tensor(words)) & (rows.position[index] < LONGEST)]
     by_window: dict[int, list[int]] = {}
     for window, position in zip(rows.window[fits].tolist(), rows.position[fits].tolist(), strict=True):

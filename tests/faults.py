@@ -80,7 +80,15 @@ def execute(notebook: str, params: dict, before=None, until: int = 10**6) -> Non
             before(i)
         exec(compile(source, f"{notebook}, code cell {i}", "exec"), scope)
     folder = experiment.FOLDERS[notebook](params)[0]
-    (folder / ".done").write_text("finished\n")  # where the launcher writes it
+    if not (folder / ".done").exists():
+        (folder / ".done").write_text("finished\n")  # as the launcher does
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """What the launcher says of an error, and the code it ends with; nothing: a traceback."""
+    if hasattr(experiment, "told"):
+        return experiment.told(error)
+    return (f"Error: {error}", 2) if isinstance(error, sae_utils.UserError) or isinstance(error, OSError) and error.errno in sae_utils.CANNOT_WRITE else ("", 1)
 
 
 class Child:
@@ -97,14 +105,9 @@ class Child:
                 out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(out, 1), os.dup2(out, 2)
                 code = work() or 0
-            except sae_utils.UserError as error:
-                print(f"Error: {error}")
-                code = 2
-            except OSError as error:  # as the launcher's last resort
-                code = 2 if error.errno in sae_utils.CANNOT_WRITE else 1
-                print(f"Error: {error}") if code == 2 else traceback.print_exc()
-            except BaseException:
-                traceback.print_exc()
+            except BaseException as error:
+                said, code = told(error)
+                print(said) if said else traceback.print_exc()
             finally:
                 with contextlib.suppress(BaseException):
                     sys.stdout.flush(), sys.stderr.flush()
@@ -138,7 +141,7 @@ class Child:
     def sentence(self) -> str:
         """What it said where it ended with one sentence: the last line, and no traceback before it."""
         text = self.said().strip()
-        return text.splitlines()[-1] if self.code == 2 and "Traceback (most recent" not in text and text.splitlines()[-1].startswith("Error: ") else ""
+        return text.splitlines()[-1] if self.code in (1, 2) and "Traceback (most recent" not in text and text.splitlines()[-1].startswith("Error: ") else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,9 +150,15 @@ class Child:
 
 
 class World:
-    """A model of 16 dimensions with random weights, a text, and where runs go."""
+    """A model of 16 dimensions with random weights, a text, and where runs go. The repository is a copy, since some
+    inputs name places in it."""
 
     def __init__(self, folder: Path, seed: int):
+        shutil.copytree(ROOT / "notebooks", folder / "copy" / "notebooks", ignore=shutil.ignore_patterns("secret_tokens.py", "__pycache__"))
+        (folder / "copy" / "runs").mkdir()
+        (folder / "copy" / "tests").mkdir()
+        (folder / "home").mkdir()
+        sae_utils.ROOT, os.environ["HOME"] = folder / "copy", str(folder / "home")
         self.folder, self.random, self.table, self.failures, self.count = folder, random.Random(seed), {}, [], 0
         assert self.child(self.make).wait() == 0
 
@@ -353,7 +362,7 @@ def damage(world: World, short: bool) -> None:
                 (here / name).write_bytes(damaged)
                 child = world.child(work)
                 code, what = child.wait(), f"{kind}: {name}, then {command}"
-                if code == 2:
+                if child.sentence():
                     world.note(what, bool(child.sentence()) and (name in child.sentence() or here.name in child.sentence()), f"{code}: {child.said()[-300:]}")
                 elif code == 0 and command == "patch":
                     world.note(what, not (differs := apart(world.patch, patched(here / "patches" / "p"))), f"other results without a word: {differs}")
@@ -374,7 +383,7 @@ def damage(world: World, short: bool) -> None:
                 (stopped / other).write_bytes(damaged if other == name else data)
             child = world.child(lambda: execute("sae_training", world.training(stopped)))
             code, what = child.wait(), f"{kind}: {name}, then train on"
-            if code == 2:
+            if child.sentence():
                 world.note(what, name in child.sentence() and name == "params.json", f"{code}: {child.said()[-300:]}")
             else:
                 same = "" if code else apart(world.whole, without_notices(results(stopped)))
@@ -440,6 +449,7 @@ def inputs(world: World, short: bool) -> None:
     """Generated inputs that are none, and some that are odd but right."""
     whole, chance = world.folder / "runs" / "whole", world.random
     tried: list[tuple[str, str, dict, bool]] = []  # kind, notebook, parameters, whether it is right
+    small = {"run_dir": str(whole), "name": "none", "n_prompts": 1, "n_controls": 1, "exact_latents": 1, "max_new_tokens": 2, "device": "cpu"}
     for notebook, base in (("sae_training", {"run_dir": str(world.folder / "runs" / "none")}), ("patch_neurons", {"run_dir": str(whole), "name": "none"})):
         declared = experiment.declared_params(notebook)
         for name, param in declared.items():
@@ -470,13 +480,14 @@ def inputs(world: World, short: bool) -> None:
     train = [
         {"layer": 99}, {"hook": "model.nowhere"}, {"model_name": "/nowhere"}, {"model_name": ""}, {"model_name": "\ud800"}, {"model_name": "../../etc"}, {"dataset_name": "/nowhere.jsonl"}, {"dataset_name": ""}, {"dataset_name": str(world.folder)},
         {"text_column": "nothing"}, {"seq_len": 10**6}, {"seed": 10**30}, {"k": 10**6, "architecture": "topk"}, {"expansion": 10**9}, {"architecture": "other"}, {"dtype": "float8"}, {"device": "cpu:99"}, {"held_out_fraction": 0.9}, {"lr": 0.0},
-        {"trained_sae": "/nowhere.pth"}, {"trained_sae": str(world.folder / "text.jsonl")}, {"run_dir": "."}, {"run_dir": "~"}, {"run_dir": str(ROOT / "notebooks")}, {"run_dir": "runs/x/../../tests"}, {"run_dir": str(world.folder / "text.jsonl")}, {"run_dir": "x" * 300},
+        {"trained_sae": "/nowhere.pth"}, {"trained_sae": str(world.folder / "text.jsonl")}, {"run_dir": "."}, {"run_dir": "~"}, {"run_dir": "notebooks"}, {"run_dir": "runs/x/../../tests"}, {"run_dir": str(world.folder / "text.jsonl")}, {"run_dir": "x" * 300},
         {"dataset_name": file(b"\xff\xfe", "jsonl")}, {"dataset_name": file("", "jsonl")}, {"dataset_name": file('{"text": 5}\n', "jsonl")}, {"dataset_name": file("[1]\n", "jsonl")}, {"dataset_name": file('{"text": "a', "jsonl")}, {"dataset_name": file(b"\xff", "txt")}, {"dataset_name": file("", "txt")},
     ]  # fmt: skip
     good_patch = [{"latents": [3]}, {"operation": "ablate", "latents": [3, 5]}, {"temperature": 0.7, "seed": 2**32 - 1}, {"prompts": ["the dog sees", "a"], "latents": [7], "max_new_tokens": 1}, {"target_word": "dog"}, {"strength": 0.0, "latents": [3]}]
     good_train = [{"seed": 2**31}, {"architecture": "topk", "k": 4}, {"lr": "1e-3"}, {"layer": "1"}, {"chat": "false"}]
-    tried += [("value", "patch_neurons", {"run_dir": str(whole), "name": "none", "n_prompts": 1, "n_controls": 1, "exact_latents": 1, "max_new_tokens": 2, "device": "cpu"} | more, more in good_patch) for more in [*patch, *good_patch][:: 6 if short else 1]]
-    tried += [("value", "sae_training", world.training(world.folder / "runs" / "none") | more, more in good_train) for more in [*train, *good_train][:: 6 if short else 1]]
+    for right, of_patch, of_train in ((False, patch, train), (True, good_patch, good_train)):
+        tried += [("value", "patch_neurons", small | more, right) for more in of_patch[:: 6 if short else 1]]
+        tried += [("value", "sae_training", world.training(world.folder / "runs" / "none") | more, right) for more in of_train[:: 6 if short else 1]]
     if short:
         tried = chance.sample(tried, min(24, len(tried)))
     sorted_into = {"sentence": 0, "accepted": 0, "traceback": 0, "hang": 0}
