@@ -52,6 +52,9 @@ PHASES = {
 }  # fmt: skip
 
 
+SKIPPED: list[str] = []  # phases that are left out; the short form writes no report, which takes longest and is read by none
+
+
 # ---------------------------------------------------------------------------------------------
 # Children
 # ---------------------------------------------------------------------------------------------
@@ -78,6 +81,8 @@ def execute(notebook: str, params: dict, before=None, until: int = 10**6) -> Non
             return
         if before:
             before(i)
+        if any(PHASES[notebook].get(phase, "\0") in source for phase in SKIPPED):
+            continue
         exec(compile(source, f"{notebook}, code cell {i}", "exec"), scope)
     folder = experiment.FOLDERS[notebook](params)[0]
     if not (folder / ".done").exists():
@@ -241,20 +246,22 @@ def killed_at(world: World, notebook: str, params: dict, phase: str, seconds: fl
 def kills(world: World, short: bool) -> None:
     """One run is killed in each phase in turn, at a random moment of it, and goes on each time from what is left."""
     for number in range(1 if short else 3):
-        for notebook in PHASES:
+        for notebook in ["sae_training"] if short else PHASES:
             training_run, made = notebook == "sae_training", world.folder / "runs" / f"killed{number}"
             params = world.training(made) if training_run else world.patching(made)
-            phases = list(PHASES[notebook])
-            for phase in world.random.sample(phases, 3 if training_run else 1) if short else phases:
+            phases, done = list(PHASES[notebook]), made if training_run else made / "patches" / "p"
+            tried = sorted(world.random.sample(phases[: phases.index("page")], 3), key=phases.index) if short else phases
+            for phase in tried:
                 seconds = world.seconds[notebook][cell_of(notebook, phase)] * world.random.random()
                 killed_at(world, notebook, params, phase, seconds)
-                if training_run and (made / ".done").exists():
-                    world.note("killed while training", False, f"finished although killed in phase {phase}")
-            child = world.child(lambda: execute(notebook, params))
-            code = child.wait()
-            done = made if training_run else made / "patches" / "p"
+                if (done / ".done").exists():  # the last phase was over before the signal came
+                    break
+            code, child = 0, None
+            if not (done / ".done").exists():
+                child = world.child(lambda: execute(notebook, params))
+                code = child.wait()
             same = apart(world.whole, results(done)) if training_run and code == 0 else apart(world.patch, patched(done)) if code == 0 else f"{code}, {child.said()[-300:]}"
-            for phase in phases if not short else ["some"] * (3 if training_run else 1):
+            for phase in tried:
                 world.note(f"SIGKILL, {notebook}" + ("" if short else f", {phase}"), not same, f"chain {number}: {same}")
             left = [file.name for file in done.rglob("*") if file.name.endswith(".tmp")]
             if left:
@@ -296,7 +303,7 @@ def full(world: World, short: bool) -> None:
         for notebook in PHASES:
             training_run, made = notebook == "sae_training", disk / "runs" / "one"
             params = world.training(made) if training_run else world.patching(made)
-            phases = ["train", "report"] if short and training_run else [] if short else list(PHASES[notebook])
+            phases = ["train", "page"] if short and training_run else [] if short else list(PHASES[notebook])
             for phase in phases:
                 cell = cell_of(notebook, phase)
                 child = world.child(lambda: execute(notebook, params, lambda i: fill_up(disk) if i == cell else None))
@@ -332,10 +339,11 @@ def full(world: World, short: bool) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def damages(data: bytes, chance: random.Random) -> dict[str, bytes]:
-    bit = chance.randrange(8 * max(1, len(data)))
-    flipped = data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :] if data else b"\x01"
-    return {"a flipped bit": flipped, "a truncation": data[: chance.randrange(max(1, len(data)))], "emptied": b""}
+def damages(data: bytes, chance: random.Random, flips: int = 1) -> list[tuple[str, bytes]]:
+    """What may become of a file: some with one flipped bit each, one cut off, an empty one."""
+    bits = [chance.randrange(8 * max(1, len(data))) for _ in range(flips)]
+    flipped = [data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :] if data else b"\x01" for bit in bits]
+    return [*(("a flipped bit", one) for one in flipped), ("a truncation", data[: chance.randrange(max(1, len(data)))]), ("emptied", b"")]
 
 
 def damage(world: World, short: bool) -> None:
@@ -349,12 +357,12 @@ def damage(world: World, short: bool) -> None:
         "train again": (("params.json", ".done", "sae.pth"), lambda: experiment.main(["sae_training", *flags_of(world.training(here))])),
         "runs": (("sae.pth", "metrics.json", "params.json", "history.csv"), lambda: print(__import__("listing").table_of_runs(here.parent, "damaged"))),
     }
-    chosen = ["labels", "patch"] if short else list(commands)
+    chosen = ["labels", "export"] if short else list(commands)
     for command in chosen:
         names, work = commands[command]
         for name in names[:2] if short else names:
             data = (whole / name).read_bytes() if name != "labels.csv" else b"3,red\n5,blue\n"
-            for kind, damaged in damages(data, world.random).items():
+            for kind, damaged in damages(data, world.random, 1 if short else 3):
                 if short and kind != "a flipped bit":
                     continue
                 shutil.rmtree(here, ignore_errors=True)
@@ -369,12 +377,13 @@ def damage(world: World, short: bool) -> None:
                 else:
                     world.note(what, code == 0, f"{code}: {child.said()[-400:]}")
     # A run that was stopped: what it goes on from is damaged.
+    SKIPPED[:] = ["report", "TensorBoard"]
     stopped = world.folder / "runs" / "stopped"
     killed_at(world, "sae_training", world.training(stopped), "contexts", 0.0)
     kept = {name: (stopped / name).read_bytes() for name in ("checkpoint.pth", "fidelity.npz", "params.json", "sae.pth") if (stopped / name).exists()}
     world.note("a stopped run keeps what it goes on from", {"checkpoint.pth", "fidelity.npz", "params.json"} <= set(kept), str(sorted(kept)))
     for name in ["checkpoint.pth"] if short else kept:
-        for kind, damaged in damages(kept[name], world.random).items():
+        for kind, damaged in damages(kept[name], world.random):
             if short and kind != "a truncation":
                 continue
             shutil.rmtree(stopped, ignore_errors=True)
@@ -521,19 +530,22 @@ def main() -> int:
     words.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
     asked = words.parse_args()
     print(f"to repeat: --seed {asked.seed}")
+    SKIPPED.extend(["report", "TensorBoard"] if asked.short else [])
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
         world = World(Path(folder), asked.seed)
         whole = world.folder / "runs" / "whole"
         _, train_seconds = timed(world, "sae_training", world.training(whole))
-        _, patch_seconds = timed(world, "patch_neurons", world.patching(whole))
-        world.seconds = {"sae_training": train_seconds, "patch_neurons": patch_seconds}
-        world.whole, world.patch = results(whole), patched(whole / "patches" / "p")
+        world.seconds, world.whole = {"sae_training": train_seconds}, results(whole)
+        if not asked.short:
+            world.seconds["patch_neurons"] = timed(world, "patch_neurons", world.patching(whole))[1]
+            world.patch = patched(whole / "patches" / "p")
         slowest = sorted(((s, n, i) for n, cells in world.seconds.items() for i, s in cells.items()), reverse=True)[:6]
         print("slowest cells:", ", ".join(f"{s:.1f} s {cells_of(n)[i][:40]!r}" for s, n, i in slowest))
-        print(f"undisturbed: {sum(train_seconds.values()):.1f} s to train, {sum(patch_seconds.values()):.1f} s to patch")
+        print("undisturbed: " + ", ".join(f"{name} {sum(cells.values()):.1f} s" for name, cells in world.seconds.items()))
         for name in asked.parts or PARTS:
             start = time.monotonic()
+            SKIPPED[:] = ["report", "TensorBoard"] if asked.short else []
             PARTS[name](world, asked.short)
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     width = max(map(len, world.table))
