@@ -58,6 +58,12 @@ def resolve(path: str | Path) -> Path:
     return (ROOT / Path(path).expanduser()).resolve()
 
 
+def find(path: str | Path) -> Path:
+    """As `resolve`, but for a relative path that exists from the current folder: it is that one."""
+    found, here = resolve(path), Path(path).expanduser()
+    return here.resolve() if str(path) and here.exists() else found
+
+
 # What a disk says that is full, or that may not be written to.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -806,14 +812,13 @@ class SAE(nn.Module):
         """The SAE that `save` wrote; a relative path counts from the current folder, or else from the repository root. Raises
         UserError where the file is damaged, holds anything but plain types and tensors (code in it is never run), is of
         another format, or where a part is missing, is not finite, or is of the wrong shape or type."""
-        here, file = Path(path).expanduser(), resolve(path)
-        file = here.resolve() if here.is_file() else file
+        file, here = find(path), Path.cwd() / Path(path).expanduser()
         path, again = show_path(file), "train it again, or copy the file again"
         try:
             saved = read_torch(file)
             saved = check_digest(saved, file) if saved.get("format_version") == FORMAT_VERSION else saved
         except OSError:
-            where = "" if here.is_absolute() or here.resolve() == file else f" (nor {here.resolve()})"
+            where = "" if here.resolve() == file else f", nor at {here}"
             raise UserError(f"there is no SAE at {path}{where}.") from None
         except UserError as error:
             raise UserError(f"{str(error).removesuffix('.')}: {again}.") from None

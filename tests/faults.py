@@ -13,6 +13,7 @@ and of one that is odd but right: it is accepted.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -60,6 +61,7 @@ SKIPPED: list[str] = []  # phases that are left out; the short form writes no re
 # ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def cells_of(notebook: str) -> list[str]:
     cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and not {"colab", "parameters"} & set(cell["metadata"].get("tags", []))]
@@ -310,7 +312,7 @@ def full(world: World, short: bool) -> None:
                 code = child.wait()
                 (disk / "filler").unlink(missing_ok=True)
                 said = child.sentence()
-                world.note(f"disk full, {notebook}, {phase}", bool(said) and any(word in said for word in ("No space left", "is full")), f"{code}: {child.said()[-400:]}")
+                world.note(f"disk full, {notebook}, {phase}", bool(said) and any(word in said for word in ("No space left", "is full", "are free")), f"{code}: {child.said()[-400:]}")
                 shutil.rmtree(made if training_run else made / "patches", ignore_errors=True) if code == 0 else None
             if phases:
                 child = world.child(lambda: execute(notebook, params))
@@ -319,14 +321,14 @@ def full(world: World, short: bool) -> None:
                 world.note(f"room again, {notebook}", not same, same)
         if short:
             return
-        for words in (["labels", str(disk / "runs" / "one")], ["export", str(disk / "runs" / "one"), "saelens"], ["export", str(disk / "runs" / "one"), "neuronpedia"]):
+        for words in (["labels", str(disk / "runs" / "one")], ["export", str(disk / "runs" / "one"), "safetensors"]):
             fill_up(disk)
             child = world.child(lambda: experiment.main(words))
             code = child.wait()
             world.note(f"disk full, {words[0]}", bool(child.sentence()) and "No space left" in child.sentence(), f"{code}: {child.said()[-400:]}")
             (disk / "filler").unlink(missing_ok=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False)
-        tries = {words[0]: lambda words=words: experiment.main(words) for words in (["labels", str(disk / "runs" / "one")], ["export", str(disk / "runs" / "one"), "saelens"])}
+        tries = {words[0]: lambda words=words: experiment.main(words) for words in (["labels", str(disk / "runs" / "one")], ["export", str(disk / "runs" / "one"), "safetensors"])}
         tries |= {"patch_neurons": lambda: execute("patch_neurons", world.patching(disk / "runs" / "one", name="q")), "sae_training": lambda: execute("sae_training", world.training(disk / "runs" / "two"))}
         for name, work in tries.items():
             child = world.child(work)
@@ -352,7 +354,7 @@ def damage(world: World, short: bool) -> None:
     here = world.folder / "runs" / "damaged"
     commands = {
         "labels": (("sae.pth", "features.npz", "params.json", "labels.csv"), lambda: experiment.main(["labels", str(here)])),
-        "export": (("sae.pth", "metrics.json", "params.json"), lambda: experiment.main(["export", str(here), "saelens"])),
+        "export": (("sae.pth", "metrics.json", "params.json"), lambda: experiment.main(["export", str(here), "safetensors"])),
         "patch": (("sae.pth", "features.npz", "metrics.json", "params.json"), lambda: execute("patch_neurons", world.patching(here))),
         "train again": (("params.json", ".done", "sae.pth"), lambda: experiment.main(["sae_training", *flags_of(world.training(here))])),
         "runs": (("sae.pth", "metrics.json", "params.json", "history.csv"), lambda: print(__import__("listing").table_of_runs(here.parent, "damaged"))),

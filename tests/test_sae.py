@@ -210,7 +210,7 @@ def test_a_disk_that_will_not_have_it_is_one_sentence(sae, tmp_path, monkeypatch
 
 def test_a_relative_path_is_of_the_current_folder_first(sae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(u.UserError, match=re.escape(f"there is no SAE at mine.pth (nor {tmp_path / 'mine.pth'}).")):
+    with pytest.raises(u.UserError, match=re.escape(f"there is no SAE at mine.pth, nor at {tmp_path / 'mine.pth'}.")):
         u.SAE.load("mine.pth")
     sae.save(tmp_path / "mine.pth")
     assert torch.equal(u.SAE.load("mine.pth").W_enc, sae.W_enc)
