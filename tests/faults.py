@@ -459,16 +459,16 @@ def wrong_values(chance: random.Random) -> dict[str, list]:
 def inputs(world: World, short: bool) -> None:
     """Generated inputs that are none, and some that are odd but right."""
     whole, chance = world.folder / "runs" / "whole", world.random
-    tried: list[tuple[str, str, dict, bool]] = []  # kind, notebook, parameters, whether it is right
+    tried: list[tuple[str, dict, dict, bool]] = []  # notebook, parameters, those of them that are tried, whether they are right
     small = {"run_dir": str(whole), "name": "none", "n_prompts": 1, "n_controls": 1, "exact_latents": 1, "max_new_tokens": 2, "device": "cpu"}
     for notebook, base in (("sae_training", {"run_dir": str(world.folder / "runs" / "none")}), ("patch_neurons", {"run_dir": str(whole), "name": "none"})):
         declared = experiment.declared_params(notebook)
         for name, param in declared.items():
             for value in chance.sample(wrong_values(chance)[param.type], 1 if short else 2):
-                tried.append(("type", notebook, base | {name: value}, False))
+                tried.append((notebook, base, {name: value}, False))
         for _ in range(2 if short else 8):
             name = chance.choice(list(declared))
-            tried.append(("misspelt", notebook, base | {name[:-1] + chance.choice("qzj"): declared[name].default}, False))
+            tried.append((notebook, base, {name[:-1] + chance.choice("qzj"): declared[name].default}, False))
     edits = world.folder / "edits"
     edits.mkdir(exist_ok=True)
 
@@ -497,25 +497,20 @@ def inputs(world: World, short: bool) -> None:
     good_patch = [{"latents": [3]}, {"operation": "ablate", "latents": [3, 5]}, {"temperature": 0.7, "seed": 2**32 - 1}, {"prompts": ["the dog sees", "a"], "latents": [7], "max_new_tokens": 1}, {"target_word": "dog"}, {"strength": 0.0, "latents": [3]}]
     good_train = [{"seed": 2**31}, {"architecture": "topk", "k": 4}, {"lr": "1e-3"}, {"layer": "1"}, {"chat": "false"}]
     for right, of_patch, of_train in ((False, patch, train), (True, good_patch, good_train)):
-        tried += [("value", "patch_neurons", small | more, right) for more in of_patch[:: 6 if short else 1]]
-        tried += [("value", "sae_training", world.training(world.folder / "runs" / "none") | more, right) for more in of_train[:: 6 if short else 1]]
+        tried += [("patch_neurons", small, more, right) for more in of_patch[:: 6 if short else 1]]
+        tried += [("sae_training", world.training(world.folder / "runs" / "none"), more, right) for more in of_train[:: 6 if short else 1]]
     if short:
         tried = chance.sample(tried, min(24, len(tried)))
     sorted_into = {"sentence": 0, "accepted": 0, "traceback": 0, "hang": 0}
-    running: list = []
-
-    def judge(kind, notebook, given, right, child):
+    for notebook, base, more, right in tried:
+        until = cell_of(notebook, "harvest") if notebook == "sae_training" else 10**6
+        child = world.child(lambda notebook=notebook, given=base | more, until=until: execute(notebook, given, until=until))
         code = child.wait(90)
         outcome = "hang" if code is None else "accepted" if code == 0 else "sentence" if child.sentence() else "traceback"
         sorted_into[outcome] += 1
-        changed = {name: value for name, value in given.items() if name not in ("run_dir", "name") or value not in (str(whole), "none")}
-        world.note(f"inputs, {notebook}, {'odd but right' if right else 'none'}", outcome == ("accepted" if right else "sentence"), f"{outcome}: {str(changed)[:200]} … {child.said().strip()[-260:]}")
-        shutil.rmtree(whole / "patches" / "none", ignore_errors=True)
-
-    for kind, notebook, given, right in tried:
-        until = cell_of(notebook, "harvest") if notebook == "sae_training" else 10**6
-        judge(kind, notebook, given, right, world.child(lambda notebook=notebook, given=given, until=until: execute(notebook, given, until=until)))
-        shutil.rmtree(world.folder / "runs" / "none", ignore_errors=True)
+        world.note(f"inputs, {notebook}, {'odd but right' if right else 'none'}", outcome == ("accepted" if right else "sentence"), f"{outcome}: {str(more)[:120]} … {child.said().strip()[-260:]}")
+        for made in (whole / "patches" / "none", world.folder / "runs" / "none"):
+            shutil.rmtree(made, ignore_errors=True)
     print("inputs sorted into", sorted_into)
 
 
