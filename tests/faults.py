@@ -452,7 +452,7 @@ def wrong_values(chance: random.Random) -> dict[str, list]:
         "float": [word, None, [], {}, True, float("nan"), float("inf"), -float("inf"), "1,5", [0.1]],
         "bool": [word, 2, -1, None, [], "yes please", 0.5],
         "str": [None, [], {}, ["a"], "a\0b", "\ud800"],
-        "list": [word, 5, None, {}, True],
+        "list": [5, None, {}, True, [None], [[1]], [{}], [0.5]],
     }
 
 
@@ -464,7 +464,7 @@ def inputs(world: World, short: bool) -> None:
     for notebook, base in (("sae_training", {"run_dir": str(world.folder / "runs" / "none")}), ("patch_neurons", {"run_dir": str(whole), "name": "none"})):
         declared = experiment.declared_params(notebook)
         for name, param in declared.items():
-            for value in chance.sample(wrong_values(chance)[param.type], 1 if short else 2):
+            for value in chance.sample(wrong_values(chance)[param.type.partition("[")[0]], 1 if short else 2):
                 tried.append((notebook, base, {name: value}, False))
         for _ in range(2 if short else 8):
             name = chance.choice(list(declared))
