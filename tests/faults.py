@@ -165,6 +165,7 @@ class World:
         (folder / "copy" / "runs").mkdir()
         (folder / "copy" / "tests").mkdir()
         (folder / "home").mkdir()
+        (folder / "home" / "letters.txt").write_text("kept")
         sae_utils.ROOT, os.environ["HOME"] = folder / "copy", str(folder / "home")
         self.folder, self.random, self.table, self.failures, self.count = folder, random.Random(seed), {}, [], 0
         assert self.child(self.make).wait() == 0
@@ -478,7 +479,7 @@ def inputs(world: World, short: bool) -> None:
         return str(path)
 
     patch = [
-        {"latents": [3, 3]}, {"latents": [128]}, {"latents": [-1]}, {"latents": ["3"]}, {"latents": [[3]]}, {"latents": [3.0]}, {"latents": [10**30]}, {"latents": [None]}, {"latents": [True]},
+        {"latents": [3, 3]}, {"latents": [128]}, {"latents": [-1]}, {"latents": [[3]]}, {"latents": [3.0]}, {"latents": [10**30]}, {"latents": [None]}, {"latents": [True]},
         {"source_words": [5]}, {"source_words": [False, True]}, {"source_words": [None]}, {"source_words": [""]}, {"source_words": ["\ud800"]}, {"topic_words": [3]}, {"topic_words": [[]]}, {"topic_words": ["dog"], "target_word": "cat"},
         {"target_word": "unheardof"}, {"target_word": "\ud800"}, {"target_word": "dog", "source_words": ["dog"]}, {"strength": 1e39, "latents": [3]}, {"strength": 1e300}, {"temperature": 1e-320}, {"temperature": 1e-9}, {"max_new_tokens": 10**9}, {"max_new_tokens": 127},
         {"seed": 10**30}, {"prompts": [5]}, {"prompts": [""]}, {"prompts": ["a \ud800"]}, {"prompts": [None]}, {"prompts": [["a"]]}, {"prompts": ["dog " * 200]}, {"prompts_file": "nowhere.txt"}, {"prompts_file": "/dev/zero"}, {"prompts_file": "/tmp"},
@@ -494,8 +495,8 @@ def inputs(world: World, short: bool) -> None:
         {"trained_sae": "/nowhere.pth"}, {"trained_sae": str(world.folder / "text.jsonl")}, {"run_dir": "."}, {"run_dir": "~"}, {"run_dir": "notebooks"}, {"run_dir": "runs/x/../../tests"}, {"run_dir": str(world.folder / "text.jsonl")}, {"run_dir": "x" * 300},
         {"dataset_name": file(b"\xff\xfe", "jsonl")}, {"dataset_name": file("", "jsonl")}, {"dataset_name": file('{"text": 5}\n', "jsonl")}, {"dataset_name": file("[1]\n", "jsonl")}, {"dataset_name": file('{"text": "a', "jsonl")}, {"dataset_name": file(b"\xff", "txt")}, {"dataset_name": file("", "txt")},
     ]  # fmt: skip
-    good_patch = [{"latents": [3]}, {"operation": "ablate", "latents": [3, 5]}, {"temperature": 0.7, "seed": 2**32 - 1}, {"prompts": ["the dog sees", "a"], "latents": [7], "max_new_tokens": 1}, {"target_word": "dog"}, {"strength": 0.0, "latents": [3]}]
-    good_train = [{"seed": 2**31}, {"architecture": "topk", "k": 4}, {"lr": "1e-3"}, {"layer": "1"}, {"chat": "false"}]
+    good_patch = [{"latents": [3]}, {"operation": "ablate", "latents": [3, 5]}, {"temperature": 0.7, "seed": 2**31 - 1}, {"prompts": ["the dog sees", "a"], "latents": [7], "max_new_tokens": 1}, {"target_word": "dog"}, {"strength": 0.0, "latents": [3]}]
+    good_train = [{"seed": 2**30}, {"architecture": "topk", "k": 4}, {"lr": "1e-3"}, {"layer": "1"}, {"chat": "false"}]
     for right, of_patch, of_train in ((False, patch, train), (True, good_patch, good_train)):
         tried += [("patch_neurons", small, more, right) for more in of_patch[:: 6 if short else 1]]
         tried += [("sae_training", world.training(world.folder / "runs" / "none"), more, right) for more in of_train[:: 6 if short else 1]]
