@@ -24,6 +24,7 @@ import operator
 import os
 import re
 import runpy
+import sys
 import time
 import unicodedata
 import warnings
@@ -125,10 +126,18 @@ def digest(value) -> str:
     return found.hexdigest()
 
 
+_told = []  # of files without a digest: the first one
+
+
 def check_digest(found: dict, path: Path) -> dict:
-    """`found` without its digest. UserError where that is another one than of the rest; files from before digests have none."""
+    """`found` without its digest. UserError where that is another one than of the rest. Files from before digests have none,
+    which is told once, on stderr."""
     rest = {name: value for name, value in found.items() if name != "digest"}
-    if "digest" in found and str(found["digest"]) != digest(rest):
+    if "digest" not in found:
+        if not _told:
+            _told.append(path)
+            print(f"{show_path(path)} was written before files had digests: whether it is as it was then is not known (told once).", file=sys.stderr)
+    elif str(found["digest"]) != digest(rest):
         raise UserError(f"{show_path(path)} is not as it was written, its digest is another: a bad disk or copy, or changed by hand.")
     return rest
 
