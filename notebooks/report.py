@@ -381,6 +381,30 @@ def density_strength_figure(fig, density: Tensor, strength: Tensor, mean_act: Te
     ax.legend(fontsize="small")
 
 
+def half_of(mass: Tensor) -> int:
+    """How many latents it takes, those with most first, to make half of the whole `mass` (d_sae)."""
+    total = mass.double().sort(descending=True).values.cumsum(0)
+    return int((total < 0.5 * total[-1]).sum()) + 1
+
+
+def strength_curve(fig, density: Tensor, strength: Tensor, mean_act: Tensor) -> None:
+    """Live latents from the strongest to the weakest, and how many carry how much of all activation; all (d_sae)."""
+    alive = (density > 0).nonzero().flatten()
+    left, right = fig.subplots(1, 2)
+    order = alive[strength[alive].argsort(descending=True)]
+    left.plot(np.arange(1, len(order) + 1), mean_act[order], ".", ms=2, color="tab:orange", label="its mean when active", rasterized=True)
+    left.plot(np.arange(1, len(order) + 1), strength[order], color="tab:blue", label="maximum")
+    left.set(yscale="log", xlabel="live latents, the strongest first", ylabel="activation")
+    left.set_title(f"half of the live ones exceed {strength[alive].median():.2g}", fontsize="medium")
+    left.legend(fontsize="small")
+    mass = density * mean_act
+    shares = (mass[alive].double().sort(descending=True).values.cumsum(0) / mass.double().sum()).numpy()
+    right.plot(np.arange(1, len(shares) + 1), shares, color="tab:blue")
+    right.axhline(0.5, color="0.7", lw=0.8)
+    right.set(xscale="log", ylim=(0, 1.02), xlabel="latents, those with most activation first", ylabel="share of all activation")
+    right.set_title(f"half of all activation is that of {half_of(mass):,} latents", fontsize="medium")
+
+
 def on_grid(values: Tensor) -> np.ndarray:
     """Values (d_sae) row by row on a grid about as wide as high, its width a power of two; NaN where the last row has none."""
     width = 2 ** int(np.ceil(np.log2(len(values)) / 2))

@@ -111,6 +111,18 @@ def test_csv_is_read_back(tmp_path):
     assert [row["token"] for row in back] == HOSTILE[:-1] and float(back[1]["f1"]) == 1 / 3 and list(back[0]) == ["token", "f1", "hidden"]
 
 
+def test_the_strength_curve_by_hand():
+    density, strength, mean = torch.tensor([0.5, 0.0, 0.25, 0.125]), torch.tensor([1.0, 0.0, 4.0, 2.0]), torch.tensor([0.5, 0.0, 2.0, 1.0])
+    assert report.half_of(density * mean) == 1 and report.half_of(torch.ones(10)) == 5 and report.half_of(torch.tensor([3.0, 1, 1, 1])) == 1
+    fig = plt.figure()
+    report.strength_curve(fig, density, strength, mean)
+    left, right = fig.axes
+    assert left.lines[1].get_ydata().tolist() == [4, 2, 1] and left.lines[0].get_ydata().tolist() == [2, 1, 0.5]
+    assert right.lines[0].get_ydata() == pytest.approx([4 / 7, 6 / 7, 1]) and right.get_title() == "half of all activation is that of 1 latents"
+    assert left.get_title() == "half of the live ones exceed 2"
+    plt.close(fig)
+
+
 @pytest.mark.parametrize("n", [1, 5, 16, 48, 1000])
 def test_every_latent_has_its_place_on_the_grid(n):
     grid = report.on_grid(torch.arange(n).float())
