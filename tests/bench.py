@@ -115,7 +115,7 @@ def our_harvest(model, hooks: list[str], windows: list[list[int]], storage: str,
     starts = np.concatenate([[0], lengths.cumsum()])
     owner = np.repeat(np.arange(len(windows)), lengths)
     kept = np.setdiff1d(np.arange(len(flat)), starts[:-1])  # all but BOS
-    tokens = {"flat": flat, "starts": starts, "window_document": np.arange(len(windows)), "token_ids": flat[kept]}
+    tokens = {"flat": flat, "starts": starts, "window_document": np.arange(len(windows)), "first_equal": np.arange(len(windows)), "token_ids": flat[kept]}
     tokens |= {"window": owner[kept].astype(np.int32), "position": (np.arange(len(flat)) - starts[owner])[kept].astype(np.int32)}
     counts = {"rows": len(kept), "windows": len(windows), "documents": len(windows), "tokens": len(flat)}
     names = ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")
@@ -274,7 +274,7 @@ def bench_features(rounds: int, quick: bool) -> list[dict]:
                 out.write(torch.randn(len(part), d_in, generator=generator).bfloat16().view(torch.int16).numpy().tobytes())
         rows = harvest.Rows(
             torch.from_file(str(file), size=n * d_in, dtype=torch.bfloat16).view(n, d_in), torch.from_numpy(flat[kept]), torch.from_numpy(kept // 128),
-            torch.from_numpy(kept % 128), harvest.Windows(flat, np.arange(n_windows + 1) * 128), torch.arange(n_windows), torch.ones(n, dtype=torch.bool), {}, Path(folder),
+            torch.from_numpy(kept % 128), harvest.Windows(flat, np.arange(n_windows + 1) * 128), torch.arange(n_windows), torch.arange(n_windows), torch.ones(n, dtype=torch.bool), {}, Path(folder),
         )  # fmt: skip
         unit = torch.nn.functional.normalize(rows.activations[:256].float(), dim=1)
         sae = sae_with_l0(d_in, d_sae, 50, unit)

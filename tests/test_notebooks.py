@@ -157,7 +157,7 @@ def test_the_saved_sae_is_the_one_that_was_scored(run, tiny):
     model, tokenizer = u.load_model(params["model_name"])
     rows = harvest.get_rows(model, tokenizer, sae.config["hook_name"], sae.config, run.parent / "activations")
     train, held_out = harvest.split_windows(rows.window_document, params["held_out_fraction"])
-    _, judging, apart = fidelity.watch_and_judge(held_out, rows.window_document, seed=params["seed"])
+    _, judging, apart = fidelity.watch_and_judge(held_out, rows.window_document)
     index = judging[rows.window].nonzero().flatten()
     assert apart and 0 < metrics["watched_rows"] < 0.2 * len(index)
     torch.testing.assert_close(sae.mean.double(), rows.activations[train[rows.window]].double().mean(0), rtol=1e-4, atol=1e-5)
