@@ -270,11 +270,11 @@ def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[
     def call(module, args, kwargs, output):
         taken = next(iter((*args, *kwargs.values())), None)
         if after and module is model.get_submodule(after):
-            at_post.append(taken)
+            at_post.append(taken.clone())  # some models go on in place (Falcon)
         if "Norm" in type(module).__name__:
-            path[:] = [(module, taken, output)]
+            path[:] = [(module, taken.clone(), output)]
         elif path and module is not head and taken is path[-1][2] and output is not taken:
-            path.append((module, taken, output))
+            path.append((module, taken.clone(), output))
 
     handles = [module.register_forward_hook(call, with_kwargs=True) for module in model.modules()]
     batch = sae_utils.pad(windows[:8], device=str(model.device))

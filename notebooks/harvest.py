@@ -17,6 +17,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +172,7 @@ def read_jsonl(file: Path, column: str = ""):
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            where, instead = f"{show_path(file)}, line {number}", f"; mend that line, or leave it out: sed {number}d '{show_path(file)}' > mended.jsonl"
+            where, instead = f"{show_path(file)}, line {number}", f"; mend that line, or leave it out: sed {number}d {shlex.quote(show_path(file))} > mended.jsonl"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
