@@ -753,8 +753,9 @@ def activation_stats(activations: Tensor, index: Tensor, chunk: int = 65536) -> 
     total = torch.zeros(activations.shape[1], dtype=torch.float64)
     for part in index.split(chunk):
         total += activations[part].double().sum(0)
-    mean = (total / len(index)).float()
-    norm = torch.cat([(part.float() - mean).norm(dim=1) for part in activations.split(chunk)])
+    mean, norm = (total / len(index)).float(), torch.empty(len(activations))
+    for own, part in zip(norm.split(chunk), activations.split(chunk), strict=True):  # not kept piece by piece: the memory between small pieces is not given back
+        torch.linalg.vector_norm(part.float() - mean, dim=1, out=own)
     return mean, norm
 
 
