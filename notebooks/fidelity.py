@@ -62,7 +62,8 @@ def through_centres(centres: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def membership(centres: Tensor, x: Tensor) -> Tensor:
     """(…, k) 1.0 at the nearest of `centres` (k, d_in), else 0.0: clusters in the form of acts."""
-    return torch.nn.functional.one_hot(nearest(centres, x), len(centres)).float()
+    own = nearest(centres, x)[..., None]
+    return torch.zeros(*own.shape[:-1], len(centres), device=x.device).scatter_(-1, own, 1.0)
 
 
 @torch.no_grad()

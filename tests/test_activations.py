@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -860,3 +861,24 @@ def test_a_checkpoint_that_lacks_weights_is_refused(folder, model):
 def test_a_hook_that_is_never_called_is_refused(model):
     with pytest.raises(u.UserError, match="model.layers is never called"):
         u.run_to_hook(model, "model.layers", *u.pad([[3, 5]]))
+
+
+def peak_bytes_of_contexts(n: int) -> float:
+    """Peak memory of `features.contexts` over n rows of width 64 beyond the rows themselves; to be called in a process of its own."""
+    import bench
+    import features
+
+    rows, index = torch.empty(n, 64, dtype=torch.bfloat16), torch.arange(n)
+    for part in rows.split(50_000):
+        part.copy_(torch.randn(len(part), 64))
+    sae = bench.sae_with_l0(64, 256, 16, rows[:256].float())
+    with bench.Measured("contexts", 1.0) as memory:
+        memory.during("contexts", lambda: features.contexts(sae, rows, index, index // 100))
+    return 1e9 * memory.rows[0]["ours"]
+
+
+@pytest.mark.repeats
+def test_memory_hardly_grows_with_the_rows():
+    """Entries kept in small pieces while large temporaries come and go pin the heap between them: it was 800 to 2,900 bytes a row, where 150 will do."""
+    with multiprocessing.get_context("spawn").Pool(1) as alone:
+        assert alone.apply(peak_bytes_of_contexts, (400_000,)) < 400 * 400_000
