@@ -37,6 +37,7 @@ from sae_utils import (
 
 STORE_VERSION = 4
 SPLIT_SEED = 0  # of the choice of held-out documents: no parameter, so that runs of other seeds are judged on the same text
+SPLIT = 2  # how that choice is made, as an SAE's file says it (before there was a word of it: every tenth document)
 
 # ---------------------------------------------------------------------------------------------
 # Text: documents
@@ -467,8 +468,8 @@ def tokenizer_digest(tokenizer, chat: bool) -> str:
 
 
 def as_loaded(params: dict, model, tokenizer, text: Text) -> dict:
-    """The parameters with what they came to: the model's commit and precision, and digests of the
-    model, the tokenizer and the text."""
+    """The parameters with what they came to: the model's commit and precision, digests of the
+    model, the tokenizer and the text, and how the text is split."""
     commit = model_commit(params["model_name"], params["model_revision"])
     if params["chat"] and not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {params['model_name']} has no chat template: use an instruct model, or chat false.")
@@ -478,6 +479,7 @@ def as_loaded(params: dict, model, tokenizer, text: Text) -> dict:
         "model_fingerprint": model_fingerprint(params["model_name"], commit),
         "tokenizer_fingerprint": tokenizer_digest(tokenizer, params["chat"]),
         "dataset_fingerprint": text.fingerprint,
+        "split": SPLIT,
     }
 
 
@@ -814,9 +816,10 @@ def harvest(
 
 def card(plan: dict) -> str:
     """What a harvest is about to do, in a few lines."""
+    different = f", {plan['different_documents']:,} of them different" if plan["different_documents"] < plan["documents"] else ""
     left_out = {name: plan[name] for name in ("special_tokens", "first_tokens", "documents_without_text", "windows_without_text")}
     lines = [
-        f"{plan['rows']:,} rows from {plan['windows']:,} windows ({plan['tokens']:,} tokens) of {plan['documents']:,} documents, at {', '.join(plan['hooks'])}",
+        f"{plan['rows']:,} rows from {plan['windows']:,} windows ({plan['tokens']:,} tokens) of {plan['documents']:,} documents{different}, at {', '.join(plan['hooks'])}",
         "left out: " + ", ".join([f"BOS of each of {plan['bos_tokens']:,} windows"] * (plan["bos_tokens"] > 0) + [f"{n:,} {name.replace('_', ' ')}" for name, n in left_out.items() if n]),
         f"{plan['tokens_per_second']:,.0f} tokens/s in a short probe: about {duration(plan['seconds'])}",
         f"{in_bytes(plan['bytes'])} to write, {in_bytes(plan['free_bytes'])} free",

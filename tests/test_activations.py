@@ -512,8 +512,10 @@ def test_equal_documents_are_one(folder, model, tokenizer, fresh_seed):
     copies = [end + text + other for text in texts for end, other in zip(" \n\t  ", ["", " ", "\n", "", "\r\n"], strict=True)] + texts * 5
     random.Random(fresh_seed).shuffle(copies)
     write_texts(folder / "text.jsonl", copies)
-    rows = rows_of(folder, model, tokenizer, n_activations=10**6)
+    plans, loaded = [], loaded_params(folder, model, tokenizer, n_activations=10**6)
+    rows = harvest.get_rows(model, tokenizer, HOOK, loaded, folder / "activations", plans.append)
     assert rows.manifest["counts"]["documents"] == 210 and rows.manifest["counts"]["different_documents"] == 21
+    assert "of 210 documents, 21 of them different, at" in harvest.card(plans[0])
     assert rows.window_place.unique().tolist() == list(range(210))
     first = {text.strip(): number for number, text in reversed(list(enumerate(copies)))}
     assert rows.window_document.tolist() == [first[copies[place].strip()] for place in rows.window_place.tolist()]
