@@ -195,6 +195,8 @@ def hub_errors(kind: str, name: str):
             what = "does not exist on the Hugging Face hub, or is private: check the name, or set HF_TOKEN"
         elif not local and re.search(r"[Oo]ffline ?[Mm]ode|couldn't (connect|reach|find)|resolve host|LocalEntryNotFound|Max retries", text, re.IGNORECASE):
             what = "is not on this disk and the Hugging Face hub cannot be reached: connect (and unset HF_HUB_OFFLINE), or name a local folder"
+        elif "trust_remote_code" in text:  # given as False wherever something is loaded: else transformers asks [y/N]
+            raise UserError(f"{kind} {name} comes with a program of its own (trust_remote_code), which is never run here: choose one that the libraries know by themselves.") from error
         elif "RevisionNotFoundError" in kinds:
             raise UserError(f"{kind} {name} has no such revision: leave it away, or name a commit or branch that there is.") from error
         else:
@@ -225,7 +227,7 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", s
     source = local_or_hub(model_name, "model")
     use_hf_token()
     with hub_errors("model", model_name):
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision or None)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision or None, trust_remote_code=False)
     text_config = config.get_text_config()
     n_layers, positions = text_config.num_hidden_layers, getattr(text_config, "max_position_embeddings", None)
     if positions and seq_len > positions:
@@ -234,7 +236,7 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", s
         raise UserError(f"layer {layer} is outside {model_name}: valid layers are 0 to {n_layers - 1}.")
     name = (hook or HOOKS.get(config.model_type, DEFAULT_HOOK)).replace("{layer}", str(layer))
     with torch.device("meta"), hub_errors("model", model_name):
-        skeleton = transformers.AutoModelForCausalLM.from_config(config)
+        skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     modules = [n for n, _ in skeleton.named_modules() if n]
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3)
@@ -256,9 +258,9 @@ def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: 
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     with hub_errors("model", model_name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision or None)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision or None, trust_remote_code=False)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, revision=revision or None, dtype=getattr(torch, dtype), output_loading_info=True
+            source, revision=revision or None, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
         )
     if info["missing_keys"]:
         raise UserError(
@@ -751,8 +753,9 @@ def activation_stats(activations: Tensor, index: Tensor, chunk: int = 65536) -> 
     total = torch.zeros(activations.shape[1], dtype=torch.float64)
     for part in index.split(chunk):
         total += activations[part].double().sum(0)
-    mean = (total / len(index)).float()
-    norm = torch.cat([(part.float() - mean).norm(dim=1) for part in activations.split(chunk)])
+    mean, norm = (total / len(index)).float(), torch.empty(len(activations))
+    for own, part in zip(norm.split(chunk), activations.split(chunk), strict=True):  # not kept piece by piece: the memory between small pieces is not given back
+        torch.linalg.vector_norm(part.float() - mean, dim=1, out=own)
     return mean, norm
 
 

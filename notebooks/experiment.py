@@ -407,7 +407,7 @@ def as_text_of(sae: sae_utils.SAE) -> sae_utils.TokenText:
     name, revision = sae.config["model_name"], sae.config["model_revision"]
     sae_utils.use_hf_token()
     with sae_utils.hub_errors("model", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None, trust_remote_code=False)
     return sae_utils.TokenText(tokenizer)
 
 

@@ -66,31 +66,34 @@ class Keeper:
 
 
 @torch.no_grad()
-def contexts(sae: sae_utils.SAE, activations: Tensor, index: Tensor, document: Tensor, seed: int = 0, block: int = 10_000_000) -> dict[str, Tensor]:
+def contexts(sae: sae_utils.SAE, activations: Tensor, index: Tensor, document: Tensor, seed: int = 0, block: int = 0) -> dict[str, Tensor]:
     """Rows at which each latent fires, of the rows `index`; `document` (N,) is each row's document.
 
     top_rows, top_values (d_sae, TOP): where it fires most, one for each document; drawn_rows,
     drawn_values (d_sae, SAMPLE): an even sample of the places where it fires, weakest first;
     decile_rows, decile_values (d_sae, 10, PER_DECILE): some of those from each tenth of the sample.
-    Row -1: there are no more. Holds `block` entries and 320 for each latent. A share estimated from
+    Row -1: there are no more. Holds `block` entries (0: 2 million, or twice what is kept) and 320 for each latent. A share estimated from
     the sample is off by 3 points or less (one standard error), and exact where a latent fires SAMPLE
     times at most.
     """
     strongest, drawn = Keeper(sae.d_sae, 64), Keeper(sae.d_sae, SAMPLE)
-    generator, held, n_held = torch.Generator().manual_seed(seed), [], 0
+    generator, block, n_held = torch.Generator().manual_seed(seed), block or max(2_000_000, 640 * sae.d_sae), 0
+    held = torch.empty(block, dtype=torch.long), torch.empty(block, dtype=torch.long), torch.empty(block)  # one piece each: between many small ones memory is lost
 
     def flush():
-        nonlocal held, n_held
-        rows, latents, values = (torch.cat(parts) for parts in zip(*held, strict=True))
+        rows, latents, values = (column[:n_held] for column in held)
         strongest.offer(rows, latents, values, 2**31 - 1 - values.view(torch.int32))  # bits of positive floats sort as they do
-        drawn.offer(rows, latents, values, torch.randint(2**31 - 1, (len(rows),), generator=generator, dtype=torch.int32))
-        held, n_held = [], 0
+        drawn.offer(rows, latents, values, torch.randint(2**31 - 1, (n_held,), generator=generator, dtype=torch.int32))
 
     for entries in active_entries(sae, activations, index):
-        held.append(entries)
-        n_held += len(entries[0])
-        if n_held >= block:
-            flush()
+        while len(entries[0]):
+            n = min(block - n_held, len(entries[0]))
+            for column, new in zip(held, entries, strict=True):
+                column[n_held : n_held + n] = new[:n]
+            entries, n_held = [new[n:] for new in entries], n_held + n
+            if n_held == block:
+                flush()
+                n_held = 0
     if n_held:
         flush()
 
@@ -142,30 +145,29 @@ def shares(found: dict[str, Tensor], rows, as_text, highest: Tensor, n_tokens: i
     drawn, values = found["drawn_rows"], found["drawn_values"]
     there = drawn >= 0
     count = there.sum(1).clamp_min(1)
-    vocabulary, token_of_row = rows.token_ids.unique(return_inverse=True)
+    frequency, at_position = torch.bincount(rows.token_ids), torch.bincount(rows.position)
+    vocabulary = frequency.nonzero().flatten()
     classes = token_classes([as_text(int(token)) for token in vocabulary]).float()
-    group = torch.bucketize(rows.position, torch.tensor(POSITIONS), right=True).sub_(1).clamp_min_(0)
+    group = torch.bucketize(torch.arange(len(at_position)), torch.tensor(POSITIONS), right=True).sub_(1).clamp_min_(0)  # of each position
 
-    def spread(of_row: Tensor, n: int) -> Tensor:
-        """Share of each of n kinds among the places of each latent; of_row (N,) is the kind of every row."""
-        kinds = torch.where(there, of_row[drawn.clamp_min(0)].long(), n)
-        return torch.zeros(len(drawn), n + 1).scatter_add_(1, kinds, torch.ones(drawn.shape))[:, :n] / count[:, None]
+    def spread(kinds: Tensor, n: int) -> Tensor:
+        """Share of each of n kinds among the places of each latent; kinds (d_sae, SAMPLE)."""
+        return torch.zeros(len(drawn), n + 1).scatter_add_(1, torch.where(there, kinds, n), torch.ones(drawn.shape))[:, :n] / count[:, None]
 
     fired_tokens, fired_share = torch.full((len(drawn), n_tokens), -1), torch.zeros(len(drawn), n_tokens)
     fired_classes = torch.zeros(len(drawn), len(CLASSES))
     for latent in there.any(1).nonzero().flatten().tolist():
-        tokens, n = token_of_row[drawn[latent, there[latent]]].unique(return_counts=True)
+        tokens, n = rows.token_ids[drawn[latent, there[latent]]].unique(return_counts=True)
         order = n.argsort(descending=True, stable=True)[:n_tokens]
-        fired_tokens[latent, : len(order)] = vocabulary[tokens[order]].long()
+        fired_tokens[latent, : len(order)] = tokens[order].long()
         fired_share[latent, : len(order)] = n[order] / count[latent]
-        fired_classes[latent] = n.float() @ classes[tokens] / count[latent]
-    bins = torch.where(there, (values / highest.clamp_min(1e-9)[:, None] * BINS).long().clamp(0, BINS - 1), BINS)
-    histogram = torch.zeros(len(drawn), BINS + 1).scatter_add_(1, bins, torch.ones(drawn.shape))[:, :BINS] / count[:, None]
-    base = torch.bincount(token_of_row, minlength=len(vocabulary)).float() / len(rows)
+        fired_classes[latent] = n.float() @ classes[torch.searchsorted(vocabulary, tokens)] / count[latent]
+    bins = (values / highest.clamp_min(1e-9)[:, None] * BINS).long().clamp(0, BINS - 1)
     return {
         "fired_tokens": fired_tokens, "fired_tokens_share": fired_share, "fired_classes": fired_classes,
-        "fired_positions": spread(group, len(POSITIONS)), "histogram": histogram,
-        "base_positions": torch.bincount(group, minlength=len(POSITIONS)).float() / len(rows), "base_classes": base @ classes,
+        "fired_positions": spread(group[rows.position[drawn.clamp_min(0)]], len(POSITIONS)), "histogram": spread(bins, BINS),
+        "base_positions": torch.bincount(group, weights=at_position, minlength=len(POSITIONS)).float() / len(rows),
+        "base_classes": frequency[vocabulary].float() / len(rows) @ classes,
     }  # fmt: skip
 
 
@@ -270,11 +272,11 @@ def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[
     def call(module, args, kwargs, output):
         taken = next(iter((*args, *kwargs.values())), None)
         if after and module is model.get_submodule(after):
-            at_post.append(taken)
+            at_post.append(taken.clone())  # some models go on in place (Falcon)
         if "Norm" in type(module).__name__:
-            path[:] = [(module, taken, output)]
+            path[:] = [(module, taken.clone(), output)]
         elif path and module is not head and taken is path[-1][2] and output is not taken:
-            path.append((module, taken, output))
+            path.append((module, taken.clone(), output))
 
     handles = [module.register_forward_hook(call, with_kwargs=True) for module in model.modules()]
     batch = sae_utils.pad(windows[:8], device=str(model.device))

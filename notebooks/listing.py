@@ -27,7 +27,7 @@ FIGURES = ("fvu", "l0", "dead", "ce_clean", "ce_spliced")  # every run has these
 YARDSTICKS = ("pca", "kmeans", "untrained")
 # What two runs must share to be judged on the same rows, beside the hook and the number of rows; from an SAE's config.
 SAME = ("model_fingerprint", "tokenizer_fingerprint", "dataset_fingerprint", "text_column", "chat", "seq_len")
-SAME += ("held_out_fraction", "activation_dtype", "dtype", "non_finite")
+SAME += ("held_out_fraction", "split", "activation_dtype", "dtype", "non_finite")
 # Parameters that say which rows and how much is measured, and no more: no part of the settings of an SAE.
 ROWS = {"model_name", "model_revision", "hook", "layer", "dataset_name", "dataset_revision", "dataset_config", "dataset_split"}
 ROWS |= {"text_column", "n_activations", "chat", "seq_len", "held_out_fraction", "activation_dtype", "dtype", "non_finite"}

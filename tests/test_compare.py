@@ -27,7 +27,7 @@ import listing
 import report
 import sae_utils as u
 
-DIGESTS = {"model_fingerprint": "m1", "tokenizer_fingerprint": "t1", "dataset_fingerprint": "d1", "dtype": "float32"}
+DIGESTS = {"model_fingerprint": "m1", "tokenizer_fingerprint": "t1", "dataset_fingerprint": "d1", "dtype": "float32", "split": "s1"}
 
 
 def make_run(root, name, seed=0, k=4, architecture="batchtopk", fvu=0.25, l0=4.0, rise=0.5, directions=None, n_dead=5, doctor=(), key=None, **given):
