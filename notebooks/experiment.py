@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sae_utils
+import typed
 
 
 FREE = {"device", "checkpoint_minutes"}  # parameters that do not change what an experiment is
@@ -36,44 +37,65 @@ class Param:
     """One line of a notebook's parameters cell: `name: type = default  # help [allowed]`."""
 
     name: str
-    type: str
+    type: str  # str, int, float, bool, list[str] or list[int]
     default: object
     help: str
-    allowed: str  # "", "from 1", "above 0", "0 to 1" or "relu | topk"; no "=", papermill trips over it
+    allowed: str  # "", "from 1", "1 to 9", "above 0 to 9", "0 | 1 to 9" or "relu | topk"; no "=", papermill trips over it
 
     def checked(self, value):
-        """The value in the declared type; words such as 'false', '1e-4' or '16' that papermill, YAML or
-        a sweep's grid leave as text are converted. Raises UserError for a wrong type or range."""
-        if self.type == "bool" and str(value).lower() in ("true", "false"):
-            value = str(value).lower() == "true"
-        elif self.type == "float" and not isinstance(value, bool):
-            try:
-                value = float(value)
-            except (TypeError, ValueError):
-                pass
-        elif self.type == "int" and isinstance(value, str):
-            try:
-                value = int(value)
-            except ValueError:
-                pass
-        elif self.type == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        wrong_type = type(value).__name__ != self.type
-        if wrong_type or (isinstance(value, float) and not math.isfinite(value)) or not self._in_range(value):
-            expected = {"str": "text", "int": "a whole number", "float": "a number"}.get(self.type, f"a {self.type}")
-            bounds = f" ({self.allowed})" if self.allowed else ""
-            raise sae_utils.UserError(f"parameter {self.name} must be {expected}{bounds}, not {value!r}.")
+        """The value in the declared type, where it has that type or is a text that says one of it, as what was typed is.
+        Raises UserError for a wrong type or range."""
+        if self.type.startswith("list"):
+            item = Param(self.name, self.type[5:-1], None, self.help, self.allowed)
+            items = typed.listed(value, item.type == "int", self.name) if isinstance(value, str) else value
+            if not isinstance(items, list):
+                raise self._refused(value)
+            return [item.checked(one) for one in items]
+        if isinstance(value, str):
+            value = READ.get(self.type, str)(value)
+        elif self.type == "float" and type(value) is int and abs(value) < 1e300:
+            value = float(value)
+        if type(value).__name__ != self.type or not self._allows(value):
+            raise self._refused(value)
+        if isinstance(value, str) and ("\0" in value or value.encode("utf-8", "ignore").decode() != value):
+            raise sae_utils.UserError(f"parameter {self.name}, {ascii(value)[:100]}, holds what no text in UTF-8 does.")
         return value
 
-    def _in_range(self, value) -> bool:
-        words = self.allowed.split()
-        if words[:1] == ["from"]:
-            return value >= float(words[1])
-        if words[:1] == ["above"]:
-            return value > float(words[1])
-        if words[1:2] == ["to"]:
-            return float(words[0]) <= value <= float(words[2])
-        return not words or value in words[::2]
+    def _refused(self, value) -> sae_utils.UserError:
+        names = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "list[int]": "a list of whole numbers", "list[str]": "a list of texts"}
+        how = {"list[int]": ": -p {0} '17 23', or {0}: [17, 23] in a file", "list[str]": ": -p {0} '[one, two]', or {0}: [one, two] in a file"}.get(self.type, "")
+        bounds, said = f" ({self.allowed})" if self.allowed else "", repr(value)
+        return sae_utils.UserError(f"parameter {self.name} must be {names[self.type]}{bounds}, not {said[:100]}{'…' * (len(said) > 100)}{how.format(self.name)}.")
+
+    def _allows(self, value) -> bool:
+        choices = self.allowed.split(" | ") if self.allowed else []
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return not choices or (value in choices if isinstance(value, str) else any(within(value, choice) for choice in choices))
+
+
+def within(number: float, choice: str) -> bool:
+    """Whether the number is one that "5", "from 5", "5 to 9" or "above 5 to 9" names."""
+    word, low, high = re.fullmatch(r"(from |above |)(\S+)(?: to (\S+))?", choice).groups()
+    highest = float(high) if high else math.inf if word else float(low)
+    return (number > float(low) if word == "above " else number >= float(low)) and number <= highest
+
+
+def read_int(text: str):
+    """The whole number; what reads in more than one way (010, 0x8, 12:30) stays text."""
+    return int(text) if len(text) < 100 and re.fullmatch(r"\s*[+-]?(0|[1-9]\d*(_\d+)*)\s*", text, re.ASCII) else text
+
+
+def read_float(text: str):
+    """The number; what is none, or is not 0 and too small for one, stays text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return text if not value and re.search("[1-9]", text.lower().partition("e")[0]) else value
+
+
+READ = {"bool": lambda text: {"true": True, "false": False}.get(text.lower(), text), "int": read_int, "float": read_float}
 
 
 def declared_params(notebook: str) -> dict[str, Param]:
@@ -306,22 +328,6 @@ FOLDERS = {
 }
 
 
-def given_params(notebook: Path, flags: list[str]) -> dict:
-    """The parameters as papermill itself reads them from its flags (-p, -f, -y, …)."""
-    import papermill.cli
-    import yaml  # papermill's own
-
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = Path(folder) / "prepared.ipynb"
-        # papermill only logs a name it does not know; check_params refuses it, so the log adds nothing
-        quiet = ["--prepare-only", "--no-progress-bar", "--log-level", "ERROR"]
-        try:
-            papermill.cli.papermill.main([*flags, *quiet, str(notebook), str(prepared)], standalone_mode=False)
-        except (OSError, yaml.YAMLError) as error:
-            raise sae_utils.UserError(f"the parameters cannot be read: {' '.join(str(error).split())}") from None
-        return json.loads(prepared.read_text())["metadata"]["papermill"]["parameters"]
-
-
 def launch(name: str, flags: list[str]) -> Path:
     """Executes notebooks/<name>.ipynb into its folder, and returns that.
 
@@ -331,7 +337,7 @@ def launch(name: str, flags: list[str]) -> Path:
     import filelock
 
     source = sae_utils.ROOT / "notebooks" / f"{name}.ipynb"
-    params = check_params(name, given_params(source, flags))
+    params = check_params(name, typed.parameters(flags))
     folder, finished = FOLDERS[name](params)
     if not finished:
         folder.mkdir(parents=True, exist_ok=True)
@@ -376,7 +382,7 @@ def harvest_layers(layers: str, flags: list[str]) -> None:
     """
     import harvest
 
-    params = check_params("sae_training", given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags))
+    params = check_params("sae_training", typed.parameters(flags))
     layer = declared_params("sae_training")["layer"]
     hooks, mistakes = [], []
     for word in layers.replace(",", " ").split():
@@ -433,7 +439,7 @@ def judge(source: str, flags: list[str], look_again: bool = True) -> Path:
 
     there = sae_utils.resolve(source)
     source = sae_utils.show_path(there) if there.exists() else source  # however its path was written
-    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    given = typed.parameters(flags)
     if not look_again and (folder := sae_utils.resolve(given["run_dir"])).joinpath(".done").exists():
         if recorded_params(folder / "params.json", "sae_training")["trained_sae"] == source:
             return folder
@@ -450,7 +456,7 @@ def check_model(flags: list[str]) -> None:
     """Tries whether a model will do for a training run with these flags: a line for each check. UserError where one fails."""
     import checking
 
-    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    given = typed.parameters(flags)
     if "layer" not in given:
         raise sae_utils.UserError("say which layer: make check MODEL=id-or-folder LAYER=n.")
     checking.check(check_params("sae_training", given))
@@ -516,7 +522,7 @@ JOBS = {  # what a first word that is no notebook does
     "labels": relabel,  # RUN: its features.html anew
     "features": lambda source, *flags: judge(source, [*flags]),  # SAE: looked at as our own is
     "looked": lambda source, *flags: judge(source, [*flags], look_again=False),  # SAE: the same, where that was not done yet
-    "params": lambda notebook, *flags: check_params(notebook, given_params(sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb", [*flags])),  # NOTEBOOK: whether its parameters are right
+    "params": lambda notebook, *flags: check_params(notebook, typed.parameters([*flags])),  # NOTEBOOK: whether its parameters are right
     "check": lambda *flags: check_model([*flags]),  # whether a model will do
     "export": export,  # RUN FORMAT [FOLDER]: its SAE for other tools
     "runs": list_runs,  # [PATTERNS]: a table of them

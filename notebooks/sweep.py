@@ -13,6 +13,7 @@ from pathlib import Path
 import experiment
 import listing
 import sae_utils
+import typed
 
 OF_ROWS = listing.ROWS - {"layer", "held_out_fraction", "non_finite"}  # what the rows depend on, beside the layer
 
@@ -43,7 +44,7 @@ def plan(grid: str, sweep: str, flags: list[str]) -> str:
     """
     if not re.fullmatch(r"[\w./-]*\w", sweep, re.ASCII) or ".." in sweep.split("/"):
         raise sae_utils.UserError(f"SWEEP {sweep!r} names no sweep: letters from a to z, digits, '.', '-' and '_' will do.")
-    axes, given = read_grid(grid), experiment.given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    axes, given = read_grid(grid), typed.parameters(flags)
     as_flags = lambda part: "".join(f" -p {name} {shlex.quote(str(value))}" for name, value in part.items()).replace("$", "$$").replace("#", "\\#")
     of_cell, of_rows, missing = {}, {}, 0
     for values in itertools.product(*axes.values()):
