@@ -118,7 +118,7 @@ def test_a_name_with_other_parameters_is_refused(folder):
     with pytest.raises(u.UserError, match="lr was 0.003, now 0.001") as refusal:
         experiment.start_run(params | {"lr": 1e-3})
     assert "epochs" not in str(refusal.value) and (run_dir / "params.json").read_text() == before
-    (run_dir / ".done").touch()
+    (run_dir / ".done").write_text("finished\n")
     with pytest.raises(u.UserError, match="is finished"):
         experiment.start_run(params)
 
