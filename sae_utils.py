@@ -13,6 +13,7 @@ Importing this module does nothing else.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import html
 import itertools
@@ -21,9 +22,9 @@ import math
 import operator
 import os
 import re
-import runpy
 import time
 import unicodedata
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,9 +49,21 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------
 
 
-def resolve(path: str | Path) -> Path:
-    """The path, relative ones counted from the repository root wherever the kernel was started."""
-    return (ROOT / Path(path).expanduser()).resolve()
+def resolve(path: str | Path, base: Path | None = None) -> Path:
+    """The path, relative ones counted from `base`, by default the repository root, wherever the kernel was started.
+
+    Raises UserError for what can be no path: a name of more than 255 bytes, NUL, a ~ of nobody, links in a circle.
+    """
+    text = str(path)
+    try:
+        if "\0" in text or any(len(os.fsencode(part)) > 255 for part in text.split(os.sep)):
+            raise ValueError("a name has at most 255 bytes, and no NUL")
+        found = ((base or ROOT) / Path(path).expanduser()).resolve()
+        if len(os.fsencode(found)) > 4000:
+            raise ValueError("it is longer than 4000 bytes")
+        return found
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{text[:80]!r}{'…' * (len(text) > 80)} is no path: {getattr(error, 'strerror', None) or error}.") from None
 
 
 @contextmanager
@@ -64,6 +77,17 @@ def atomic(path: str | Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Deletes what `atomic` left in `folder` where its process was killed. For whoever holds the folder's lock."""
+    for file in folder.glob(".*.tmp"):
+        try:
+            os.kill(int(file.name.split(".")[-2]), 0)  # asks whether there is such a process, and does nothing to it
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):  # no file of ours, or a process of somebody else
+            pass
 
 
 def write_json(path: str | Path, value) -> None:
@@ -87,12 +111,15 @@ def show_path(path: Path) -> str:
 
 def pick_device(name: str = "") -> str:
     """`name`, or the best device there is: CUDA, then MPS, then CPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name and not found.get(name.split(":")[0], False):
-        raise UserError(f"device {name} is not available here; leave it empty to use {next(d for d in found if found[d])}.")
-    if name.startswith("cuda:"):
-        torch.cuda.set_device(name)  # a recorded graph belongs to the current device
-    return name or next(d for d in found if found[d])
+    found = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    best = next(kind for kind in found if found[kind])
+    kind, colon, number = (name or best).partition(":")
+    if kind not in found or not found[kind] or colon and number not in map(str, range(found[kind])):
+        raise UserError(f"device {name} is not available here; leave it empty to use {best}.")
+    if kind != "cuda" or not colon:
+        return kind
+    torch.cuda.set_device(name)  # a recorded graph belongs to the current device
+    return name
 
 
 class Every:
@@ -153,14 +180,29 @@ HOOKS = {
 def use_hf_token() -> None:
     """Honours notebooks/secret_tokens.py (HF_TOKEN = "…") where the environment has no token.
 
-    HF_TOKEN and `hf auth login` need nothing: the Hugging Face libraries read them by themselves.
+    HF_TOKEN and `hf auth login` need nothing: the Hugging Face libraries read them by themselves. The file is read and
+    not run, and what is wrong with it, or with a token, is said without a word of it: it would end up in notebooks.
     """
-    file = ROOT / "notebooks" / "secret_tokens.py"
-    if file.exists() and not os.environ.get("HF_TOKEN"):
-        token = runpy.run_path(str(file)).get("HF_TOKEN")
+    where, token = "HF_TOKEN in the environment", os.environ.get("HF_TOKEN", "").strip()
+    if not token and (file := ROOT / "notebooks" / "secret_tokens.py").exists():
+        where, token = "notebooks/secret_tokens.py", _token_in(file)
         if not token:
-            raise UserError('notebooks/secret_tokens.py sets no token: it should say HF_TOKEN = "…".')
+            raise UserError('notebooks/secret_tokens.py sets no token: it should say HF_TOKEN = "…", on one line and between quotes.')
+    if not re.fullmatch(r"[!-~]*", token):
+        raise UserError(f"{where} is no token: it holds blanks, or letters that no token has.")
+    if token:
         os.environ["HF_TOKEN"] = token
+
+
+def _token_in(file: Path) -> str:
+    """The text that the file gives to HF_TOKEN; "" where it does not, or is no Python."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # which would quote the line
+            tree = ast.parse(file.read_bytes()[:100_000])
+    except Exception:  # whatever it is, it may hold the line
+        return ""
+    given = [node.value for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) and "HF_TOKEN" in map(ast.unparse, getattr(node, "targets", [getattr(node, "target", None)]))]
+    return given[-1].value.strip() if given and isinstance(given[-1], ast.Constant) and isinstance(given[-1].value, str) else ""
 
 
 # What reading a model or a text may raise: these, and whatever the libraries define themselves. Anything else

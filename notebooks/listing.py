@@ -94,7 +94,7 @@ def active(params: dict) -> dict:
 def read_run(folder: Path, whole: bool = True) -> Run:
     """The run in `folder`; with `whole` its SAE is opened too, and held against the figures."""
     failed, running = (folder / f"{NOTEBOOK}.{word}.ipynb" for word in ("failed", "running"))
-    state = "finished" if (folder / ".done").exists() else "failed" if failed.exists() and not running.exists() else "unfinished"
+    state = "finished" if experiment.is_finished(folder) else "failed" if failed.exists() and not running.exists() else "unfinished"
     if state == "failed" and why_failed(failed).startswith("KeyboardInterrupt"):
         state = "unfinished"  # somebody stopped it
     run = Run(folder.name, folder, state)
