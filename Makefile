@@ -208,6 +208,10 @@ smoke: $(READY) ## only the notebooks, on a smaller world, in two minutes
 test-real: $(READY) ## what matters on a real model, in some minutes: MODEL=path LAYER=n [DATASET=]
 	$(if $(and $(MODEL),$(LAYER)),,$(error say which: make test-real MODEL=path LAYER=n))HF_HUB_OFFLINE=1 DATASET=$(if $(DATASET),"$$DATASET") $(PY) -m pytest -q tests/real.py
 
+.PHONY: test-faults
+test-faults: $(READY) ## a day of faults in ten minutes: kills, full disks (as root), damaged files, two at once, bad inputs; prints what was survived
+	$(PY) tests/faults.py
+
 .PHONY: test-slurm
 test-slurm: $(READY) ## a sweep through srun, on a Slurm of one node started for it (as root, where slurm-wlm and munge are installed)
 	$(PY) -m pytest -q -s -rs tests/slurm.py

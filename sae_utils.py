@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
+import hashlib
 import html
 import itertools
 import json
@@ -25,10 +27,12 @@ import re
 import time
 import unicodedata
 import warnings
+import zipfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,17 +70,93 @@ def resolve(path: str | Path, base: Path | None = None) -> Path:
         raise UserError(f"{text[:80]!r}{'…' * (len(text) > 80)} is no path: {getattr(error, 'strerror', None) or error}.") from None
 
 
+# What a disk says that is full, or that may not be written to.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def writing(path: str | Path):
+    """Turns a full disk, or one that may not be written to, into one sentence that names `path`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch's archives and matplotlib's PDF raise their own on top of it
+        causes = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+        said = next((c for c in causes if isinstance(c, OSError) and c.errno in CANNOT_WRITE), None)
+        if said is None:
+            raise
+        cure = "make room there" if said.errno in (errno.ENOSPC, errno.EDQUOT) else "see who may write there"
+        raise UserError(f"{show_path(Path(path))} could not be written ({said.strerror}): {cure}, then give the same command again.") from error
+
+
 @contextmanager
 def atomic(path: str | Path):
-    """Gives a temporary path to write to, renamed to `path` when all went well."""
+    """Gives a temporary path to write to, renamed to `path` when all went well. UserError where the disk will not have it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def digest(value) -> str:
+    """SHA-256 of what plain values, tensors and arrays, and lists and dictionaries of them, hold. It stands in the files that
+    a run reads back, since their readers check little: torch's takes a flipped bit for another weight."""
+    found = hashlib.sha256()
+
+    def add(v) -> None:
+        if isinstance(v, dict):
+            v = [x for pair in v.items() for x in pair]
+        if isinstance(v, Tensor):
+            v = v.detach().cpu().contiguous()
+            v = v.view(torch.int16).numpy() if v.dtype == torch.bfloat16 else v.numpy()  # numpy has no bfloat16
+        if isinstance(v, np.ndarray):
+            found.update(f"{v.dtype.str}{v.shape}".encode())
+            found.update(np.ascontiguousarray(v).data)
+        elif isinstance(v, (list, tuple)):
+            found.update(f"[{len(v)}]".encode())
+            for x in v:
+                add(x)
+        else:
+            found.update(f"{v!r};".encode())
+
+    add(value)
+    return found.hexdigest()
+
+
+def check_digest(found: dict, path: Path) -> dict:
+    """`found` without its digest. UserError where that is another one than of the rest; files from before digests have none."""
+    rest = {name: value for name, value in found.items() if name != "digest"}
+    if "digest" in found and str(found["digest"]) != digest(rest):
+        raise UserError(f"{show_path(path)} is not as it was written, its digest is another: a bad disk or copy, or changed by hand.")
+    return rest
+
+
+def read_torch(path: Path) -> dict:
+    """What a .pth of ours holds, plain types and tensors: code in it is never run. UserError where it is damaged or none of ours."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with zipfile.ZipFile(path) as archive:  # its sums, before anything is made of its bytes
+            damaged = archive.testzip()
+        if damaged is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the reader of zip archives and that of pickles raise many kinds
+        if "Unsupported global" in str(error):
+            raise UserError(f"{show_path(path)} holds objects or code beside tensors, which are never run: it is none of this project's files.") from None
+        damaged = str(error).partition("\n")[0][:150] or type(error).__name__
+    if damaged is not None:
+        raise UserError(f"{show_path(path)} is damaged, or none of this project's files ({damaged}).")
+    return found if isinstance(found, dict) else {}
 
 
 def sweep_temporary(folder: Path) -> None:
@@ -90,8 +170,27 @@ def sweep_temporary(folder: Path) -> None:
             pass
 
 
-def write_json(path: str | Path, value) -> None:
-    """Writes JSON that any parser reads: NaN and infinities become null."""
+def save_arrays(path: Path, arrays: dict, compressed: bool = False) -> None:
+    """Writes a .npz of arrays, with their digest."""
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, digest=digest(arrays), **arrays)  # first: a directory cut short loses the last
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that `save_arrays` wrote. UserError where the file is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = dict(archive)
+    except FileNotFoundError:
+        raise UserError(f"there is no {show_path(path)}.") from None
+    except Exception as error:  # the reader of zip archives raises many kinds
+        raise UserError(f"{show_path(path)} is damaged ({str(error).partition(chr(10))[0][:150] or type(error).__name__}).") from None
+    return check_digest(found, path)
+
+
+def write_json(path: str | Path, value, sealed: bool = False) -> None:
+    """Writes JSON that any parser reads: NaN and infinities become null. `sealed`: a dictionary, with its digest."""
 
     def plain(v):
         if isinstance(v, dict):
@@ -100,8 +199,27 @@ def write_json(path: str | Path, value) -> None:
             return [plain(x) for x in v]
         return None if isinstance(v, float) and not math.isfinite(v) else v
 
+    value = plain(value)
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(value | {"digest": digest(value)} if sealed else value, indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """The dictionary that `write_json` wrote. UserError where the file is missing or damaged, or does not agree with its digest."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is none of JSON's numbers")
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except FileNotFoundError:
+        raise UserError(f"there is no {show_path(path)}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{show_path(path)} is cut off, or not of this project ({str(error)[:150]}).") from None
+    return check_digest(found, path)
 
 
 def show_path(path: Path) -> str:
@@ -716,62 +834,84 @@ class SAE(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes sae.pth: plain types and tensors only, so that `weights_only=True` loads it."""
         cpu = lambda t: t.detach().cpu().clone()
-        with atomic(path) as temporary:
-            torch.save({
-                "state_dict": {name: cpu(t) for name, t in self.state_dict().items()},
-                "activation_mean": cpu(self.mean), "norm_scale": self.norm_scale,
-                "density": cpu(self.density), "max_act": cpu(self.max_act),
-                "config": {**self.config, "architecture": self.architecture, "k": self.k, "apply_b_dec_to_input": self.apply_b_dec_to_input},
-                "format_version": FORMAT_VERSION,
-            }, temporary)  # fmt: skip
+        content = {
+            "state_dict": {name: cpu(t) for name, t in self.state_dict().items()},
+            "activation_mean": cpu(self.mean), "norm_scale": self.norm_scale,
+            "density": cpu(self.density), "max_act": cpu(self.max_act),
+            "config": {**self.config, "architecture": self.architecture, "k": self.k, "apply_b_dec_to_input": self.apply_b_dec_to_input},
+            "format_version": FORMAT_VERSION,
+        }  # fmt: skip
+        with atomic(path) as temporary, temporary.open("wb") as file:
+            torch.save(content | {"digest": digest(content)}, file)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> SAE:
-        """The SAE that `save` wrote. Raises UserError where the file is damaged, holds anything but plain types and
-        tensors (code in it is never run), is of another format, or where a part is missing or of the wrong shape."""
-        path = resolve(path)
-        file, path = path, show_path(path)
+        """The SAE that `save` wrote; a relative path counts from the current folder, or else from the repository root. Raises
+        UserError where the file is damaged, holds anything but plain types and tensors (code in it is never run), is of
+        another format, or where a part is missing, is not finite, or is of the wrong shape or type."""
+        here, file = Path(path).expanduser(), resolve(path)
+        file = here.resolve() if here.is_file() else file
+        path, again = show_path(file), "train it again, or copy the file again"
         try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"there is no SAE at {path}.") from None
-        except Exception as error:  # the reader of zip archives and that of pickles raise many kinds
-            if "Unsupported global" in str(error):
-                raise UserError(f"{path} holds objects or code beside tensors, which are never run: it is no SAE of this project.") from None
-            raise UserError(f"{path} is damaged, or no SAE of this project ({str(error).splitlines()[0][:150]}): train it again, or copy the file again.") from None
-        parts = ("state_dict", "activation_mean", "norm_scale", "density", "max_act", "config")
-        if not isinstance(saved, dict) or "format_version" not in saved:
+            saved = read_torch(file)
+            saved = check_digest(saved, file) if saved.get("format_version") == FORMAT_VERSION else saved
+        except OSError:
+            where = "" if here.is_absolute() or here.resolve() == file else f" (nor {here.resolve()})"
+            raise UserError(f"there is no SAE at {path}{where}.") from None
+        except UserError as error:
+            raise UserError(f"{str(error).removesuffix('.')}: {again}.") from None
+        if "format_version" not in saved:
             raise UserError(f"{path} is no SAE of this project: it has no format_version.")
         if saved["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path} has format {saved['format_version']}, this code reads {FORMAT_VERSION}: train it again.")
-        missing = [name for name in parts if name not in saved]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}: it is not whole.")
+            raise UserError(f"{path} has format {saved['format_version']!r}, this code reads {FORMAT_VERSION}: train it again.")
+        if wrong := _wrong_parts(saved):
+            raise UserError(f"{path} is no whole SAE: it {', '.join(wrong)}; {again}.")
         state, config = saved["state_dict"], saved["config"]
-        missing = [name for name in ("architecture", "k", "apply_b_dec_to_input") if name not in config]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)} in its config: train it again, or copy the file again.")
-        shape = lambda value: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if "W_enc" not in state or len(shape(state["W_enc"])) != 2:
-            raise UserError(f"{path} has no matrix W_enc: train it again, or copy the file again.")
-        d_in, d_sae = state["W_enc"].shape
-        sae = cls(d_in, d_sae, norm_scale=saved["norm_scale"], **{name: config[name] for name in ("architecture", "k", "apply_b_dec_to_input")})
-        wanted = {name: shape(t) for name, t in sae.state_dict().items()}
-        found = {name: shape(value) for name, value in state.items()}
-        for name, size in (("activation_mean", d_in), ("density", d_sae), ("max_act", d_sae)):
-            wanted[name], found[name] = (size,), shape(saved[name])
-        wrong = [f"lacks {name}" for name in wanted if name not in found] + [f"holds {name}, which it should not" for name in found if name not in wanted]
-        wrong += [f"has {name} of shape {found[name]}, not {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
-        if wrong:
-            what = f"no whole SAE of architecture {sae.architecture} ({d_in}, {d_sae})"
-            raise UserError(f"{path} is {what}: it {', '.join(wrong)}; train it again, or copy the file again.")
-        values = {**state, **{name: saved[name] for name in ("activation_mean", "density", "max_act")}, "norm_scale": torch.tensor(float(saved["norm_scale"]))}
-        if bad := [name for name, value in values.items() if not torch.isfinite(value).all()]:
-            raise UserError(f"{path} has NaN or infinite values in {', '.join(bad)}: train it again, or copy the file again.")
+        shape = {name: config[name] for name in ("architecture", "k", "apply_b_dec_to_input")}
+        sae = cls(*state["W_enc"].shape, norm_scale=float(saved["norm_scale"]), **shape)
         sae.load_state_dict(state)
-        sae.mean, sae.density, sae.max_act = saved["activation_mean"], saved["density"], saved["max_act"]
-        sae.config = saved["config"]
+        sae.mean, sae.density, sae.max_act, sae.config = saved["activation_mean"], saved["density"], saved["max_act"], config
         return sae.to(device).eval().requires_grad_(False)
+
+
+def _wrong_parts(saved: dict) -> list[str]:
+    """What is wrong with the parts of an sae.pth, each in a few words that follow "it"."""
+    number = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)
+    lacks = lambda there, names, where="": [f"lacks {', '.join(missing)}{where}"] if (missing := [name for name in names if name not in there]) else []
+    found = lacks(saved, ("state_dict", "activation_mean", "norm_scale", "density", "max_act", "config"))
+    if found or not all(isinstance(saved[name], dict) for name in ("state_dict", "config")):
+        return found or ["holds a state_dict or config that is none"]
+    state, config, scale = saved["state_dict"], saved["config"], saved["norm_scale"]
+    if found := lacks(config, ("architecture", "k", "apply_b_dec_to_input"), " in its config"):
+        return found
+    found = [f"has norm_scale {scale!r}, which is no finite number from 0"] * (not number(scale, (int, float)) or not 0 <= scale < math.inf)
+    rule = ARCHITECTURES.get(config["architecture"]) if isinstance(config["architecture"], str) else None
+    found += [f"has architecture {config['architecture']!r}, which is none of {', '.join(ARCHITECTURES)}"] * (rule is None)
+    found += [f"has apply_b_dec_to_input {config['apply_b_dec_to_input']!r}, which is not true or false"] * (type(config["apply_b_dec_to_input"]) is not bool)
+    found += [f"has a config of which the name {name!r} is no text" for name in config if not isinstance(name, str)]
+    matrix = state.get("W_enc")
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.numel():
+        return [*found, "has no matrix W_enc"]
+    d_in, d_sae = matrix.shape
+    if rule is not None and not (number(config["k"], int) and (rule.name == "topk") <= config["k"] <= d_sae):
+        found.append(f"has k {config['k']!r} for {d_sae} latents")
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes |= {name: tuple(tensor.shape) for kind in (rule.tensors(d_sae) if rule else ()) for name, tensor in kind.items()}
+    found += [f"holds {name}, which it should not" for name in state if rule and name not in shapes]
+    shapes |= {"activation_mean": (d_in,), "density": (d_sae,), "max_act": (d_sae,)}
+    for name, wanted in shapes.items():
+        value = {**state, **saved}.get(name)
+        if value is None and name not in saved:
+            found.append(f"lacks {name}")
+        elif not isinstance(value, Tensor) or tuple(value.shape) != wanted:
+            found.append(f"has {name} of shape {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}, not {wanted}")
+        elif value.dtype != torch.float32:
+            found.append(f"has {name} in {str(value.dtype).removeprefix('torch.')}, not float32")
+        elif not torch.isfinite(value).all():
+            found.append(f"has NaN or infinite values in {name}")
+        elif name in ("density", "max_act") and (value.min() < 0 or name == "density" and value.max() > 1):
+            found.append(f"has {name} outside of what it can be")
+    return found
 
 
 def check_latent(latent, d_sae: int) -> int:

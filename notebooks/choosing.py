@@ -150,7 +150,9 @@ def survey(model, rows, index: Tensor, next_token: Tensor, words: list[int], see
     """What the model says at places where one of `words` comes, among the rows `index`: {prompts, window (n,), says (n,),
     value (n,), odds (n, len(words)), words}: the text up to each place as token ids and the window it is from, the first
     choice there, its probability, and the log-odds of each of the words. Of windows in random order as many are run as come to `tokens`, none beyond
-    LONGEST tokens; at most eight places each. `next_token` (N,) as `followers` gives it."""
+    LONGEST tokens; at most eight places each. `next_token` (N,) as `followers` gives it. UserError where there is no word."""
+    if not words:
+        raise UserError("no token of this model is a word by itself in this text, as where each is a part of a character: there is no word to bring; choose a model whose tokens are words of it.")
     fits = index[torch.isin(next_token[index], torch.tensor(words)) & (rows.position[index] < LONGEST)]
     by_window: dict[int, list[int]] = {}
     for window, position in zip(rows.window[fits].tolist(), rows.position[fits].tolist(), strict=True):
@@ -278,7 +280,7 @@ def candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, seen: dict,
             facts = {"word": word, "sources": between, "own": {s: i for s, i in own.items() if i not in group}, "latents": group, "f1": scores[group].max().item()}
             found.append(facts | tried(model, tokenizer, hook_name, sae, pairs_of(group), seen, places, word))
     sign = -1 if lowers else 1
-    return sorted(found, key=lambda c: (c["of"] < ENOUGH, -sign * c["first"] / c["of"], -sign * c["beyond"]))
+    return sorted(found, key=lambda c: (c["of"] < ENOUGH, not math.isfinite(c["beyond"]), -sign * c["first"] / c["of"], -sign * c["beyond"]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -286,13 +288,16 @@ def candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, seen: dict,
 # ---------------------------------------------------------------------------------------------
 
 
-def check_topic(words: list, target_word: str) -> None:
-    """UserError where the words of a topic are not words, or a single word is asked for as well."""
-    for word in words:
-        if not isinstance(word, str) or not word.strip():
-            raise UserError(f"topic_words: a word is a text, not {word!r} (in YAML, quotes make one of a number).")
-    if words and target_word:
+def check_words(topic_words: list, target_word: str, source_words: list) -> None:
+    """UserError where the words of a topic or those to replace are not words, or where they contradict the target."""
+    for name, words in (("topic_words", topic_words), ("source_words", source_words)):
+        for word in words:
+            if not isinstance(word, str) or not word.strip():
+                raise UserError(f"{name}: a word is a text, not {word!r} (in YAML, quotes make one of a number, and of yes and no).")
+    if topic_words and target_word:
         raise UserError("topic_words and target_word are two experiments: name one of them.")
+    if target_word and target_word.strip() in [word.strip() for word in source_words]:
+        raise UserError(f"target_word {target_word.strip()!r} is among source_words: a word does not replace itself.")
 
 
 def topic_tokens(tokenizer, words: list[str]) -> list[int]:
@@ -427,7 +432,7 @@ def topic_candidates(model, tokenizer, hook_name: str, sae: sae_utils.SAE, promp
         with editing.intervene(model, hook_name, sae, tokenizer, pairs_of([latent])):
             change, like = (odds() - before).tolist()
         found.append({"latents": [latent], "why": why, "change": change, "beyond": change - like})
-    return sorted(found, key=lambda c: c["beyond"] if lowers else -c["beyond"])
+    return sorted(found, key=lambda c: (not math.isfinite(c["beyond"]), c["beyond"] if lowers else -c["beyond"]))
 
 
 def topic_trials(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: list[list[int]], own: tuple, arms: list[tuple], sets: list[list[int]], pairs_of, at_once: int = 96) -> list[dict]:
@@ -465,4 +470,4 @@ def topic_search(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompts: 
         tries = topic_trials(model, tokenizer, hook_name, sae, prompts, own, list(zip(groups, at, strict=True)), sets, pairs_of)
         at = [strength - step if broken(t["cost"], t["repeats"]) else strength + step for strength, t in zip(at, tries, strict=True)]
         found += tries
-    return sorted(found, key=lambda c: (bool(broken(c["cost"], c["repeats"])), c["beyond"] if lowers else -c["beyond"]))
+    return sorted(found, key=lambda c: (not math.isfinite(c["cost"] + c["beyond"]), bool(broken(c["cost"], c["repeats"])), c["beyond"] if lowers else -c["beyond"]))

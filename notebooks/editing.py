@@ -54,9 +54,9 @@ class Edit:
 
 
 def strength(value, what: str = "value"):
-    """`value`, a number or one for each latent. UserError where one is NaN or infinite."""
-    if not torch.isfinite(torch.as_tensor(value, dtype=torch.float64)).all():
-        raise UserError(f"{what} {value} is not a finite number: an edit needs one.")
+    """`value`, a number or one for each latent. UserError where one is NaN or infinite, or beyond float32."""
+    if not (torch.as_tensor(value, dtype=torch.float64).abs() <= torch.finfo(torch.float32).max).all():
+        raise UserError(f"{what} {value} is not a finite number of float32: an edit needs one.")
     return value
 
 

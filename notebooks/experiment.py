@@ -354,8 +354,8 @@ def finished_run(run_dir: str) -> Path:
 def recorded_params(file: Path, notebook: str) -> dict:
     """The parameters that `file`, a params.json, records; those that are newer than it at their defaults."""
     try:
-        recorded = dict(json.loads(file.read_text())["parameters"])
-    except (OSError, ValueError, KeyError, TypeError):
+        recorded = dict(sae_utils.read_json(file)["parameters"])
+    except (ValueError, KeyError, TypeError):
         raise sae_utils.UserError(f"{sae_utils.show_path(file)} is cut off, or not of this project: look at it, or take another name (RUN=, SWEEP=).") from None
     return {name: p.default for name, p in declared_params(notebook).items()} | recorded
 
@@ -387,7 +387,7 @@ def record_params(file: Path, params: dict, **more) -> None:
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "git_commit": git.stdout.strip() or None,
         **more,
-    })  # fmt: skip
+    }, sealed=True)  # fmt: skip
 
 
 def compare_folder(params: dict) -> tuple[Path, bool]:
@@ -522,13 +522,12 @@ def as_text_of(sae: sae_utils.SAE) -> sae_utils.TokenText:
 def relabel(run_dir: str) -> Path:
     """Writes a finished run's features.html anew, with the names that its labels.csv now gives to latents."""
     import features
-    import numpy as np
 
     folder = finished_run(run_dir)
     sae, labels = sae_utils.SAE.load(folder / "sae.pth"), features.read_labels(folder / "labels.csv")
     for latent in labels:
         sae_utils.check_latent(latent, sae.d_sae)
-    kept, page = dict(np.load(folder / "features.npz")), folder / "features.html"
+    kept, page = features.read(folder), folder / "features.html"
     features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text_of(sae), labels)
     print(f"{sae_utils.show_path(page)}: {len(labels)} of {int((sae.density > 0).sum()):,} latents have a name")
     return page
@@ -579,17 +578,17 @@ def check_model(flags: list[str]) -> None:
 
 def export(run_dir: str, format: str, out: str = "") -> Path:
     """Writes a finished run's SAE for other tools, into `out` or the run's export/<format>."""
+    import features
     import formats
-    import numpy as np
 
     folder = finished_run(run_dir)
     sae, params = sae_utils.SAE.load(folder / "sae.pth"), recorded_params(folder / "params.json", "sae_training")
-    about = {"run": folder.name, "metrics": json.loads((folder / "metrics.json").read_text())}
+    about = {"run": folder.name, "metrics": sae_utils.read_json(folder / "metrics.json")}
     if not params["trained_sae"]:  # how an SAE from elsewhere was trained is not known here
         without_a_say = {"run_dir", "trained_sae", *FREE, *idle(params)}
         about["settings"] = {name: value for name, value in params.items() if name not in without_a_say}
     if format == "neuronpedia" and (folder / "features.npz").exists():
-        about |= {"features": dict(np.load(folder / "features.npz")), "as_text": as_text_of(sae)}
+        about |= {"features": features.read(folder), "as_text": as_text_of(sae)}
     written = formats.export(sae, out or folder / "export" / format, format, about)
     files = sorted(file.name for file in written.iterdir())
     print(f"{sae_utils.show_path(written)}: {', '.join(files[:4])}" + f" and {len(files) - 4} more" * (len(files) > 4))

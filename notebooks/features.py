@@ -385,8 +385,19 @@ def read_labels(path: Path) -> dict[int, str]:
 def save(path: Path, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """features.npz: all of `found` but the places drawn, of which the figures are there already. Returns what it holds."""
     kept = {name: value.numpy() for name, value in found.items() if not name.startswith("drawn")}
-    with sae_utils.atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **kept)
+    sae_utils.save_arrays(path, kept, compressed=True)
+    return kept
+
+
+def read(run: Path) -> dict[str, np.ndarray]:
+    """What `save` wrote of a finished run. UserError where the file is damaged, or of an earlier version."""
+    path = run / "features.npz"
+    try:
+        kept = sae_utils.load_arrays(path)
+    except sae_utils.UserError as error:
+        raise sae_utils.UserError(f"{str(error).removesuffix('.')}: copy it again, or train the run again under another name.") from None
+    if missing := [name for name in ("tokens", "acts", "fired_tokens", "histogram", "density", "max_act", "base_classes") if name not in kept]:
+        raise sae_utils.UserError(f"{sae_utils.show_path(path)} lacks {', '.join(missing)}, being of an earlier version of sae_training.ipynb: train the run again under another name.")
     return kept
 
 

@@ -311,8 +311,11 @@ def text_sums(
     key = hashlib.sha256(repr((key, list(arms), baselines_every, windows)).encode()).hexdigest()
     done, number, due, told = 0, 0, sae_utils.Every(60 * minutes), sae_utils.Every(10, longest=60)
     if keep and keep.exists():
-        before = np.load(keep)
-        if str(before["key"]) == key:
+        try:
+            before = sae_utils.load_arrays(keep)
+        except sae_utils.UserError as error:  # it only saves time
+            before = print(f"{error} What is measured starts again from the beginning.") or {}
+        if str(before.get("key")) == key:
             done, number, sums = int(before["done"]), int(before["number"]), torch.from_numpy(before["sums"])
             print(f"going on after {done:,} of {len(windows):,} windows")
     ends = lambda: document is not None and enough(sums[:done], document[:done], list(arms))
@@ -348,8 +351,7 @@ def text_sums(
         done, number = done + len(batch), number + 1
         ended = ends()
         if keep and (due() or ended or done == len(windows)):
-            with sae_utils.atomic(keep) as temporary, temporary.open("wb") as file:
-                np.savez(file, key=key, done=done, number=number, sums=sums)
+            sae_utils.save_arrays(keep, {"key": key, "done": done, "number": number, "sums": sums})
         if told():
             print(f"{done:,} of at most {len(windows):,} windows")
     return sums[:done]

@@ -72,7 +72,7 @@ def read_json(file: Path) -> dict:
         raise UserError(f"{file.name} is cut off or no JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{file.name} is not of this project: it holds a {type(value).__name__}")
-    return value
+    return sae_utils.check_digest(value, file)
 
 
 def why_failed(notebook: Path) -> str:

@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import reprlib
 import statistics
 from pathlib import Path
 
@@ -26,24 +27,48 @@ MOST_REPEATS = 0.2  # and by how much the share of its tokens that repeat themse
 # ---------------------------------------------------------------------------------------------
 
 
+def read_text(path: Path, what: str) -> str:
+    """What a text file holds, begun by a byte order mark or not. UserError where it is missing, or not UTF-8."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{what}: there is no such file.")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8, from byte {error.start} on: save it as UTF-8.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} cannot be read ({error}).") from None
+
+
+def check_text(text, what: str) -> str:
+    """`text`. UserError where it is none, or holds half of a character, of which there is neither a token nor a file."""
+    if not isinstance(text, str):
+        raise UserError(f"{what} is a text, not {text!r} (in YAML, quotes make one of a number, and of yes and no).")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds half of a character ({text[error.start]!r}, a lone surrogate): write the whole character.") from None
+    return text
+
+
 def read_prompts(texts: list[str], file: str) -> list[str]:
     """The texts, and those of a file: one prompt a line, or a JSON string a line in a .jsonl."""
     texts = list(texts)
     if file:
         path = sae_utils.resolve(file)
-        if not path.is_file():
-            raise UserError(f"prompts_file {file}: there is no such file.")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(path, f"prompts_file {file}").splitlines(), 1):
             try:
                 texts += [json.loads(line) if path.suffix == ".jsonl" else line] if line.strip() else []
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise UserError(f"prompts_file {file}, line {number}: it is no JSON string.") from None
         if not texts:
             raise UserError(f"prompts_file {file} holds no prompt.")
-    for text in texts:
-        if not isinstance(text, str):
-            raise UserError(f"a prompt is a text, not {text!r}.")
-    return texts
+    return [check_text(text, f"prompt {number}") for number, text in enumerate(texts, 1)]
+
+
+def check_sampling(temperature: float) -> None:
+    """UserError for a temperature at which logits divided by it are no numbers any more."""
+    if 0 < temperature < 1e-3:
+        raise UserError(f"temperature {temperature:g} is too small to divide by: take 0, which is greedy, or at least 0.001.")
 
 
 def encode_prompts(tokenizer, texts: list[str], chat: bool) -> list[list[int]]:
@@ -55,15 +80,32 @@ def encode_prompts(tokenizer, texts: list[str], chat: bool) -> list[list[int]]:
     return [sae_utils.with_bos(tokenizer, ids) for ids in sae_utils.encode_text(tokenizer, texts)]
 
 
-def check_prompts(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raises UserError where a prompt holds no text, or does not fit into the model with what it shall write."""
-    special = set(sae_utils.special_ids(tokenizer))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def positions_of(model) -> int | None:
+    """How many positions a model has, where its config says."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def check_prompts(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, what: str = "prompt") -> None:
+    """Raises UserError where a prompt holds no text, or does not fit into the model with what it shall write; without a
+    prompt, where that alone does not."""
+    special, positions = set(sae_utils.special_ids(tokenizer)), positions_of(model)
+    if positions and max_new_tokens >= positions:
+        raise UserError(f"max_new_tokens {max_new_tokens} leaves no place for a prompt in the model's {positions} positions: lower it.")
     for number, ids in enumerate(prompts, 1):
         if not set(ids) - special:
-            raise UserError(f"prompt {number} holds no text: give it at least one token.")
+            raise UserError(f"{what} {number} holds no text: give it at least one token.")
         if positions and len(ids) + max_new_tokens > positions:
-            raise UserError(f"prompt {number} has {len(ids)} tokens, and {max_new_tokens} are to be written, but the model has {positions} positions: shorten it.")
+            raise UserError(f"{what} {number} has {len(ids)} tokens, and {max_new_tokens} are to be written, but the model has {positions} positions: shorten it, or lower max_new_tokens.")
+
+
+def check_numbers(logprobs: Tensor, edited: bool) -> Tensor:
+    """`logprobs` (prompts, d_vocab). UserError where some are NaN: nothing can be found by them."""
+    if bad := int(logprobs.isnan().any(1).sum()):
+        what, cure = ("with the edit", "lower strength") if edited else ("without any edit", "choose another dtype or model")
+        raise UserError(f"there is no finding: {what} the model's log-probabilities are no finite numbers on {bad} of {len(logprobs)} prompts; {cure}.")
+    return logprobs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -96,17 +138,22 @@ def token_scope(tokenizer, words: list[str]):
     return lambda tokens: torch.isin(tokens, torch.tensor(ids, device=tokens.device))
 
 
+def check_latents(latents: list, where: str) -> None:
+    """UserError where one is named twice: each is edited once."""
+    if twice := [latent for i, latent in enumerate(latents) if latent in latents[:i]]:
+        raise UserError(f"{where}: latent {twice[0]} is named twice; name each once.")
+
+
 def read_edits(path: Path) -> list[dict]:
     """The edits that a YAML file names, checked as far as that goes without the model.
 
     edits: a list of {latents, operation, strength, unit, low, high, scope}; scope is all, prompt,
     generated, last, a list of positions, or {tokens: [words]}. Raises UserError for whatever is not that.
     """
-    if not path.is_file():
-        raise UserError(f"edits {sae_utils.show_path(path)}: there is no such file.")
+    show, number_of = reprlib.repr, lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        given = yaml.safe_load(read_text(path, f"edits {sae_utils.show_path(path)}"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"edits {sae_utils.show_path(path)} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(given, dict) or list(given) != ["edits"] or not isinstance(given["edits"], list) or not given["edits"]:
         raise UserError(f"edits {sae_utils.show_path(path)}: it should hold one list, `edits:`.")
@@ -114,20 +161,23 @@ def read_edits(path: Path) -> list[dict]:
     for number, edit in enumerate(given["edits"], 1):
         where = f"edits {sae_utils.show_path(path)}, number {number}"
         if not isinstance(edit, dict) or set(edit) - known or not {"latents", "operation"} <= set(edit):
-            raise UserError(f"{where}: an edit has latents, operation and, where needed, {', '.join(sorted(known - {'latents', 'operation'}))}, not {edit!r}.")
+            raise UserError(f"{where}: an edit has latents, operation and, where needed, {', '.join(sorted(known - {'latents', 'operation'}))}, not {show(edit)}.")
         latents, scope = edit["latents"], edit.get("scope", "all")
-        if not isinstance(latents, list) or not latents:
-            raise UserError(f"{where}: latents is a list of numbers, not {latents!r}.")
+        if not isinstance(latents, list) or not latents or not all(type(latent) is int for latent in latents):
+            raise UserError(f"{where}: latents is a list of numbers, not {show(latents)}.")
+        check_latents(latents, where)
         if edit["operation"] not in OPERATIONS or edit.get("unit", "max") not in ("max", "acts"):
             raise UserError(f"{where}: operation is one of {', '.join(OPERATIONS)}, and unit max or acts.")
         for name in ("strength", "low", "high"):
             value = edit.get(name, 0)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"{where}: {name} is a finite number, not {value!r} (write 1.0e-4 for 1e-4).")
+            if not number_of(value) or not abs(value) < 3e38:
+                raise UserError(f"{where}: {name} is a finite number of float32, not {show(value)} (write 1.0e-4 for 1e-4).")
         words = isinstance(scope, dict) and list(scope) == ["tokens"] and isinstance(scope["tokens"], list)
-        places = isinstance(scope, list) and all(type(place) is int for place in scope)
+        places = isinstance(scope, list) and all(type(place) is int and abs(place) < 2**31 for place in scope)
         if not (words or places or isinstance(scope, str) and scope in SCOPES):
-            raise UserError(f"{where}: scope is {', '.join(SCOPES)}, a list of positions or {{tokens: [words]}}, not {scope!r}.")
+            raise UserError(f"{where}: scope is {', '.join(SCOPES)}, a list of positions or {{tokens: [words]}}, not {show(scope)}.")
+        for word in scope["tokens"] if words else ():
+            check_text(word, f"{where}: a word of scope")
     return given["edits"]
 
 
@@ -421,8 +471,11 @@ def verdict(edit: float, controls: list[float], lowers: bool = False, broken: li
 
     p = (controls that did as much + 1) / (controls + 1), the permutation test with the edit counted as one of the
     arms (Phipson and Smyth 2010), one-sided: up, with `lowers` down. It stands out at p of 0.05 or less, unless the
-    text is `broken` (`breaks`).
+    text is `broken` (`breaks`). Where a number is not finite nothing is found, and p is None.
     """
+    if bad := sum(not math.isfinite(c) for c in controls) or not math.isfinite(edit):
+        whose = f"{bad} of its {len(controls)} controls" if math.isfinite(edit) else "the edit"
+        return {"p": None, "as_good": None, "stands_out": False, "says": f"There is no finding: what {whose} moved the log-odds by is no finite number; lower strength."}
     n, as_good = len(controls), sum(c <= edit if lowers else c >= edit for c in controls)
     p = (as_good + 1) / (n + 1)
     stands_out = p <= 0.05 and not broken
@@ -511,7 +564,8 @@ def findings(result: dict) -> list[str]:
     alike = {"density": "of like density, pushed as hard", "activity": "active at the edited places about as much", "both": "of like density where one is set, active there about as much where one is taken away"}
     controls = f"{len(result['controls'])} controls, random latents {alike[result['controls_matched_by']]}"
     extreme, dose = "at least" if result["lowers"] else "at most", {row["dose"]: row["surprise"] for row in result["doses"]}
-    cost = f"the text surprises the unpatched model by {dose[1.0]:.2f} nats per token, its own by {dose[0.0]:.2f}"
+    nats = lambda value: f"{value:.2f}" if math.isfinite(value) else "no finite number of"
+    cost = f"the text surprises the unpatched model by {nats(dose[1.0])} nats per token, its own by {nats(dose[0.0])}"
     moved = (
         f"{result['change']:+.1f} on average (95 % over prompts: {low:+.1f} to {high:+.1f}; {controls}: {result['control_mean']:+.1f} on average, "
         f"90 % of them {control_low:+.1f} to {control_high:+.1f}, {extreme} {result['control_extreme']:+.1f}). {result['verdict']}"
@@ -529,7 +583,7 @@ def findings(result: dict) -> list[str]:
             f"{what}: {about} changed by {moved} {said!r} is the first choice on {result['target_is_first_choice']} of {n} prompts, {result['target_was_first_choice']} without the "
             f"edit, and {'at most a tenth as probable and no longer it' if result['lowers'] else 'that and at least 10 times as probable'} on {result['prompts_hit']} (controls: {result['control_hits_median']:g} in the median); edited at {spread(result['positions_edited'])} of each text."
         )
-    found = [first]
+    found = [first if result["p"] is not None else f"{what}: {result['verdict']}"]
     if result["candidates"] and not result["stands_out"]:
         tries = "; ".join(f"{c['what']}: {c['command']}" for c in result["candidates"][:5])
         found.append(f"Nothing stands out here. What did most on the half of the text on which latents are chosen: {tries}")
@@ -548,7 +602,7 @@ def findings(result: dict) -> list[str]:
             f"first on {result['gradient_agrees_on_first']} of {n} prompts; {others}; "
             f"the latent that announces the word comes first on {sum(p == 1 for p in result['announcing_latent_is_number'])} of {len(result['announcing_latent_is_number'])}."
         )
-    found.append(f"At dose 1 {cost}; at dose {max(dose):g} by {dose[max(dose)]:.2f}.")
+    found.append(f"At dose 1 {cost}; at dose {max(dose):g} by {nats(dose[max(dose)])}.")
     if result["ablation_log_odds_change"]:
         change, (own, *rest) = statistics.mean(result["ablation_log_odds_change"]), result["ablation_removed"]
         sizes = f"{own:.2f} in sum is taken away, by controls {min(rest):.2f} to {max(rest):.2f}" if rest else "nothing else is active there"

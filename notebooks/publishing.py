@@ -49,7 +49,7 @@ def model_card(run: str | Path, repo: str, format: str = "saelens") -> str:
     datasets is claimed for it. UserError where a figure that it is made of is lacking.
     """
     run = Path(run)
-    record, metrics = (json.loads((run / name).read_text()) for name in ("params.json", "metrics.json"))
+    record, metrics = (sae_utils.read_json(run / name) for name in ("params.json", "metrics.json"))
     params = experiment.recorded_params(run / "params.json", "sae_training")
     if params["trained_sae"]:
         raise UserError(f"{sae_utils.show_path(run)} looks at an SAE that was not trained in this run: publish it from the run that did.")

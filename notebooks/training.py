@@ -5,6 +5,7 @@ needs only the active entries: they are gathered once and four of the five matri
 become sparse. tests/test_training.py has the same in autograd, as the readable reference.
 """
 
+import math
 import os
 import time
 import warnings
@@ -355,13 +356,15 @@ class Trainer:
     def read(self, reset: bool = False) -> dict:
         """loss, mse, l1, l0 (means over the rows since the last reset), fired (d_sae), mean_when_active,
         and last_loss, of the last step.
-        Raises UserError, naming the step, where the loss was not a finite number."""
+        Raises UserError, naming the step, where the loss was not a finite number, or a weight is none now."""
         state = self.state
         first_bad = int(state["first_bad"])
         if first_bad >= 0:
             raise sae_utils.UserError(
                 f"the loss was not a finite number at step {first_bad}; training stopped before it changed anything: start another run with a lower lr."
             )
+        if bad := [name for name, parameter in self.parameters.items() if not parameter.isfinite().all()]:
+            raise sae_utils.UserError(f"step {self.steps - 1} or one shortly before it left {', '.join(bad)} with values that are no finite numbers: start another run with a lower lr.")
         result = self.means() | {"last_loss": float(self.last_loss), "fired": state["fired"].clone(), "mean_when_active": (state["strength"] / state["fired"].sum().clamp_min(1)).item()}
         self.any_dead = bool((state["silent"] >= self.dead_after).any())
         if self.rule.jumps:
@@ -411,25 +414,64 @@ class Progress:
 
 
 def save_checkpoint(path: Path, trainer: Trainer, rows: str, **more) -> None:
-    """Writes what resuming needs. `rows`: a digest of what is trained on; `more`: plain types."""
+    """Writes what resuming needs, with its digest. `rows`: a digest of what is trained on; `more`: plain types and tensors."""
+    saved = {"version": CHECKPOINT_VERSION, "rows": rows, "trainer": trainer.state_dict(), **more}
     with sae_utils.atomic(path) as temporary:
         with temporary.open("wb") as file:
-            torch.save({"version": CHECKPOINT_VERSION, "rows": rows, "trainer": trainer.state_dict(), **more}, file)
+            torch.save(saved | {"digest": sae_utils.digest(saved)}, file)
             file.flush()
             os.fsync(file.fileno())  # before the rename: the old checkpoint goes only when the new one is safe
 
 
 def load_checkpoint(path: Path, trainer: Trainer, rows: str) -> dict:
-    """Brings the trainer to where `save_checkpoint` left it; returns what was saved beside it. Raises
-    UserError where it was made by other code, or from other rows."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    name = sae_utils.show_path(path)
-    if saved.pop("version", 0) != CHECKPOINT_VERSION:
-        raise sae_utils.UserError(f"{name} was written by another version of this code: delete it to train from the start.")
-    if saved.pop("rows") != rows:
-        raise sae_utils.UserError(f"{name} was trained on other activations: the model, the text or the device has changed since; delete it to train from the start.")
-    trainer.load_state_dict(saved.pop("trainer"))
-    return saved
+    """Brings the trainer to where `save_checkpoint` left it; returns what was saved beside it. Raises UserError, and leaves
+    the trainer alone, where it was made by other code or from other rows, or is damaged."""
+    saved, name = sae_utils.read_torch(path), sae_utils.show_path(path)
+    if saved.get("version") != CHECKPOINT_VERSION:
+        raise sae_utils.UserError(f"{name} was written by another version of this code.")
+    saved = sae_utils.check_digest(saved, path)
+    if saved.get("rows") != rows:
+        raise sae_utils.UserError(f"{name} was trained on other activations: the model, the text or the device has changed since.")
+    if not alike(saved.get("trainer"), trainer.state_dict()):
+        raise sae_utils.UserError(f"{name} is of another SAE than is trained here.")
+    trainer.load_state_dict(saved["trainer"])
+    return {key: value for key, value in saved.items() if key not in ("version", "rows", "trainer")}
+
+
+def alike(one, other) -> bool:
+    """Whether two nested dictionaries hold the same names, with tensors of the same shape and type, or values of the same type."""
+    if isinstance(other, dict):
+        return isinstance(one, dict) and one.keys() == other.keys() and all(alike(one[name], value) for name, value in other.items())
+    kind = lambda value: (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
+    return kind(one) == kind(other)
+
+
+def resume(path: Path, trainer: Trainer, rows: str, start: dict) -> tuple[dict, str]:
+    """(where to go on, a notice): what `save_checkpoint` saved beside the trainer, which is brought there; or `start`, where
+    there is no checkpoint or it cannot be used. It only saves time, so the run then starts again, and the notice says why;
+    what is not damaged but of something else is kept beside, as another command may go on from it."""
+    if not path.exists():
+        return start, ""
+    try:
+        place = load_checkpoint(path, trainer, rows)
+        if place.keys() != start.keys():
+            raise sae_utils.UserError(f"{sae_utils.show_path(path)} was written by another version of this code.")
+        return place, ""
+    except sae_utils.UserError as error:
+        aside = ""
+        if "damaged" not in str(error) and "digest" not in str(error):
+            other = path.with_suffix(".other.pth")
+            path.replace(other)
+            aside = f" (it is kept as {other.name})"
+        return start, f"{str(error).removesuffix('.')}: training starts again from the beginning{aside}."
+
+
+def check_end(trainer: Trainer, history: list[dict]) -> None:
+    """UserError where training ended in numbers that are not finite: weights, or what the last epoch found with them. A bad
+    step is known by the loss of the next one, which the last step does not have."""
+    trainer.read()
+    if bad := [name for name, value in history[-1].items() if not math.isfinite(value)] if history else []:
+        raise sae_utils.UserError(f"after the last step, {trainer.steps}, {', '.join(bad)} are no finite numbers, so no SAE is saved: start another run with a lower lr.")
 
 
 def step_bytes(sae: sae_utils.SAE, batch_size: int, auxk_weight: float = 0.0, kernel: bool = True) -> int:

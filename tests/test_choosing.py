@@ -135,6 +135,15 @@ def test_a_survey_of_what_the_model_says(place):
     assert len(set(some["window"])) == 1 and choosing.survey(model, rows, index, next_token, [99])["odds"].shape == (0, 1)
 
 
+def test_a_text_whose_tokens_are_parts_of_characters_has_no_words():
+    tokens = torch.tensor([*range(6)] * 3)
+    as_text = lambda i: u.Bytes("他".encode()[i % 3 : i % 3 + 1])
+    words = choosing.frequent_words(tokens[:-1], tokens[1:], as_text)
+    assert words == []
+    with pytest.raises(u.UserError, match="no token of this model is a word by itself in this text"):
+        choosing.survey(None, None, torch.arange(3), tokens, words)
+
+
 def test_the_most_certain_places_one_a_window():
     seen = fake_seen([4, 6, 4, 9, 6, 6], [0.5, 0.9, 0.7, 0.99, 0.3, 0.05], [[0.0] * 4] * 6, [0, 1, 0, 2, 3, 4])
     assert choosing.certain(seen, [4, 6], 9) == ([1, 2, 4], pytest.approx(0.3)) and choosing.certain(seen, {4}, 9)[0] == [2]
@@ -463,9 +472,12 @@ def test_words_as_frequent_as_a_topics():
     assert drawn == {(2,), (4,), (8,)}
 
 
-@pytest.mark.parametrize(("words", "target", "message"), [([3], "", "not 3"), ([" "], "", "not ' '"), (["war"], "red", "two experiments")])
-def test_a_topic_that_is_none(words, target, message):
+@pytest.mark.parametrize(("words", "target", "sources", "message"), [
+    ([3], "", [], "topic_words: .*not 3"), ([" "], "", [], "topic_words: .*not ' '"), (["war"], "red", [], "two experiments"),
+    ([], "", [5], "source_words: .*not 5"), ([], "red", [False, True], "source_words: .*not False .in YAML, quotes"), ([], " red", ["blue", "red"], "'red' is among source_words"),
+])  # fmt: skip
+def test_words_that_are_none(words, target, sources, message):
     with pytest.raises(u.UserError, match=message):
-        choosing.check_topic(words, target)
-    choosing.check_topic(["war"], "")
-    choosing.check_topic([], "red")
+        choosing.check_words(words, target, sources)
+    choosing.check_words(["war"], "", [])
+    choosing.check_words([], "red", ["blue", "redder"])

@@ -161,7 +161,7 @@ def test_prompts_from_a_file_and_wrong_ones(tmp_path, tokenizer, model):
     (tmp_path / "p.jsonl").write_text('"the\\ncat"\n')
     assert patching.read_prompts(["red"], str(tmp_path / "p.txt")) == ["red", "the cat", "a dog"]
     assert patching.read_prompts([], str(tmp_path / "p.jsonl")) == ["the\ncat"]
-    for name, content, message in (("empty.txt", "\n", "holds no prompt"), ("bad.jsonl", "the", "line 1: it is no JSON"), ("number.jsonl", "3", "a prompt is a text")):
+    for name, content, message in (("empty.txt", "\n", "holds no prompt"), ("bad.jsonl", "the", "line 1: it is no JSON"), ("number.jsonl", "3", "prompt 1 is a text, not 3")):
         (tmp_path / name).write_text(content)
         with pytest.raises(u.UserError, match=message):
             patching.read_prompts([], str(tmp_path / name))

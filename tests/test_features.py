@@ -451,7 +451,7 @@ def test_places_at_equal_steps():
 def test_what_is_kept_is_read_back(tmp_path):
     found = {"density": torch.rand(4), "tokens": torch.zeros(4, 2, dtype=torch.int32), "drawn_rows": torch.zeros(4, 256)}
     kept, back = features.save(tmp_path / "features.npz", found), np.load(tmp_path / "features.npz")
-    assert set(kept) == set(back) == {"density", "tokens"} and all(np.array_equal(kept[name], back[name]) and back[name].dtype == kept[name].dtype for name in kept)
+    assert set(kept) == set(back) - {"digest"} == {"density", "tokens"} and all(np.array_equal(kept[name], back[name]) and back[name].dtype == kept[name].dtype for name in kept)
 
 
 def test_classes_beside_their_members():

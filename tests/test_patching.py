@@ -1,5 +1,7 @@
 """Edits land where they should, do what they say, and nothing else."""
 
+import json
+import math
 import types
 
 import numpy as np
@@ -9,6 +11,7 @@ import transformers
 from conftest import HOOK, gemma, gpt2
 
 import editing
+import patching
 import sae_utils as u
 
 
@@ -91,7 +94,7 @@ def test_operations_by_hand():
     assert acts.tolist() == [[1, 0, 2, 3]]  # never in place
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, -float("inf")]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, -float("inf")], 1e39])
 def test_strengths_that_are_no_numbers_are_refused(value):
     for make in (editing.set_value, editing.add, editing.amplify, lambda ids, v: editing.clamp(ids, v, v), lambda ids, v: editing.dose(editing.ablate(ids), v)):
         with pytest.raises(u.UserError, match="not a finite number"):
@@ -407,3 +410,92 @@ def test_the_norm_after_the_mlp_can_be_edited_as_well(model, tokenizer, sae):
     expected = (3 - sae.encode(x)[..., 4, None]) * sae.W_dec[4] * sae.normalise(x)[1]
     torch.testing.assert_close((after - x)[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-5)
     assert torch.equal(after[:, 0], x[:, 0]) and torch.equal(model(ids).logits, before)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is given that cannot be
+# ---------------------------------------------------------------------------------------------
+
+
+def test_where_a_number_is_not_finite_there_is_no_finding():
+    for edit, controls, whose in ((math.nan, [0.1] * 20, "the edit"), (9.0, [0.1] * 18 + [math.nan, -math.inf], "2 of its 20 controls"), (math.inf, [math.nan], "the edit")):
+        found = patching.verdict(edit, controls)
+        assert (found["p"], found["as_good"], found["stands_out"]) == (None, None, False) and f"There is no finding: what {whose} moved" in found["says"]
+    beside = patching.compared(torch.tensor([1.0, math.nan]), [torch.ones(2)] * 20, 0)
+    assert beside["p"] is None and not beside["stands_out"] and "no finding" in beside["verdict"]
+    assert patching.verdict(9.0, [0.1] * 20)["stands_out"]
+    logprobs = torch.randn(5, 24).log_softmax(-1)
+    logprobs[2, 3] = -math.inf  # a token that cannot come is none the less a number
+    assert patching.check_numbers(logprobs, edited=True) is logprobs
+    logprobs[[1, 4], 7] = math.nan
+    with pytest.raises(u.UserError, match="no finding: with the edit .* no finite numbers on 2 of 5 prompts; lower strength"):
+        patching.check_numbers(logprobs, edited=True)
+
+
+def test_an_edit_beyond_all_numbers_is_noticed(model, tokenizer, sae):
+    """Within float32 by itself, beyond it in the model."""
+    with editing.intervene(model, HOOK, sae, tokenizer, editing.set_value([0], 3e38)):
+        logprobs = editing.next_logprobs(model, [[3, 5, 6]])
+    with pytest.raises(u.UserError, match="no finite numbers on 1 of 1 prompts"):
+        patching.check_numbers(logprobs, edited=True)
+
+
+def test_files_and_texts_that_are_none(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"the cat\ncaf\xe9\n")
+    with pytest.raises(u.UserError, match="p.txt is not UTF-8, from byte 11 on: save it as UTF-8"):
+        patching.read_prompts([], str(file))
+    with pytest.raises(u.UserError, match="p.txt is not UTF-8"):
+        patching.read_edits(file)
+    file.write_bytes(b"\xef\xbb\xbfthe cat\r\na dog")
+    assert patching.read_prompts([], str(file)) == ["the cat", "a dog"]
+    for path in (tmp_path, tmp_path / "none", tmp_path / ("x" * 300), "/dev/zero"):
+        with pytest.raises(u.UserError, match="there is no such file|cannot be read"):
+            patching.read_prompts([], str(path))
+    (tmp_path / "p.jsonl").write_text('"a"\n"b \\ud800"\n')
+    with pytest.raises(u.UserError, match="prompt 2 holds half of a character .*ud800"):
+        patching.read_prompts([], str(tmp_path / "p.jsonl"))
+    (tmp_path / "p.jsonl").write_text("[" * 100_000)
+    with pytest.raises(u.UserError, match="line 1: it is no JSON string"):
+        patching.read_prompts([], str(tmp_path / "p.jsonl"))
+    for prompts in ([5], [None], [["a"]], [False], ["a", "\udfff"]):
+        with pytest.raises(u.UserError, match=r"prompt \d (is a text, not|holds half)"):
+            patching.read_prompts(prompts, "")
+
+
+@pytest.mark.parametrize(("edit", "message"), [
+    ({"latents": [3, 3]}, "latent 3 is named twice"), ({"latents": [[3]]}, "list of numbers"), ({"latents": [True]}, "list of numbers"), ({"latents": [1.5]}, "list of numbers"), ({"latents": "3"}, "list of numbers"),
+    ({"strength": 1e39}, "finite number of float32"), ({"strength": 10**400}, "finite number of float32"), ({"low": "x"}, "finite number"), ({"high": None}, "finite number"),
+    ({"scope": [10**30]}, "scope is"), ({"scope": {"tokens": [5]}}, "a word of scope is a text, not 5"), ({"scope": {"tokens": ["\ud800"]}}, "half of a character"), ({"scope": [True]}, "scope is"),
+    ({"unit": [1]}, "unit max or acts"), ({"operation": {}}, "operation is one of"), ({"operaton": "ablate"}, "an edit has"),
+])  # fmt: skip
+def test_edits_that_are_none(edit, message, tmp_path):
+    path, good = tmp_path / "e.yaml", {"latents": [3], "operation": "ablate"}
+    path.write_text(json.dumps({"edits": [good, good | edit]}))
+    with pytest.raises(u.UserError, match=f"number 2: .*{message}"):
+        patching.read_edits(path)
+    path.write_text(json.dumps({"edits": [good]}))
+    assert patching.read_edits(path) == [good]
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "edits: 2001-99-99", "edits: " + "[" * 5000, "a: &a [x, x]\nb: &b [*a, *a]\nedits: [*b]", "\x00", "edits: !!python/object:os.system {}", "- 1"])
+def test_edit_files_that_are_none(text, tmp_path):
+    (tmp_path / "e.yaml").write_text(text)
+    with pytest.raises(u.UserError, match="e.yaml"):
+        patching.read_edits(tmp_path / "e.yaml")
+
+
+def test_what_does_not_fit_into_the_positions(tokenizer):
+    model = gpt2()  # 64 positions
+    for prompts, new, message in (([], 10**9, "max_new_tokens 1000000000 leaves no place"), ([], 64, "leaves no place"), ([[3, 5] * 10], 45, "has 20 tokens, and 45 .* lower max_new_tokens")):
+        with pytest.raises(u.UserError, match=message):
+            patching.check_prompts(model, tokenizer, prompts, new)
+    patching.check_prompts(model, tokenizer, [[3, 5] * 10], 44)
+    model.config = transformers.MptConfig(max_seq_len=32)
+    assert patching.positions_of(model) == 32
+    model.config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace())
+    assert patching.positions_of(model) is None
+    for temperature in (1e-320, 1e-4):
+        with pytest.raises(u.UserError, match="too small to divide by"):
+            patching.check_sampling(temperature)
+    patching.check_sampling(0.0), patching.check_sampling(0.7)

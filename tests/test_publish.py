@@ -54,7 +54,7 @@ def hub(monkeypatch):
 
 def changed(run, tmp_path, metrics=None, **params):
     """A copy of what the card is made of, with other parameters and figures."""
-    record, figures = (json.loads((run / name).read_text()) for name in ("params.json", "metrics.json"))
+    record, figures = (u.read_json(run / name) for name in ("params.json", "metrics.json"))
     record["parameters"] |= params
     (tmp_path / "params.json").write_text(json.dumps(record))
     (tmp_path / "metrics.json").write_text(json.dumps(figures | (metrics or {})))

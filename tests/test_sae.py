@@ -1,5 +1,9 @@
 """The autoencoder, its files, the learning rate."""
 
+import errno
+import os
+import re
+
 import pytest
 import torch
 
@@ -100,18 +104,21 @@ class Trap:
         return open, (str(self.path), "w")
 
 
+def plain(path) -> dict:
+    """What an sae.pth holds, without the digest, which changed contents do not agree with."""
+    return {name: value for name, value in torch.load(path, weights_only=True).items() if name != "digest"}
+
+
 def test_damaged_and_foreign_files_are_refused_in_one_sentence(sae, tmp_path, fresh_seed):
     path = tmp_path / "sae.pth"
     sae.save(path)
     whole = path.read_bytes()
-    saved = torch.load(path, weights_only=True)
+    saved = plain(path)
     cut = int(torch.randint(1, len(whole) - 1, ()))
-    path.write_bytes(whole[:cut])
-    with pytest.raises(u.UserError, match="is damaged"):
-        u.SAE.load(path)
-    path.write_text("not a file of torch")
-    with pytest.raises(u.UserError, match="is damaged"):
-        u.SAE.load(path)
+    for damaged in (whole[:cut], b"", b"not a file of torch"):
+        path.write_bytes(damaged)
+        with pytest.raises(u.UserError, match="sae.pth is damaged, .*: train it again"):
+            u.SAE.load(path)
     torch.save({"format_version": 2, "trap": Trap(tmp_path / "sprung")}, path)
     with pytest.raises(u.UserError, match="holds objects or code beside tensors, which are never run"):
         u.SAE.load(path)
@@ -120,16 +127,96 @@ def test_damaged_and_foreign_files_are_refused_in_one_sentence(sae, tmp_path, fr
         torch.save(wrong, path)
         with pytest.raises(u.UserError, match=message):
             u.SAE.load(path)
-    state = saved["state_dict"]
-    for name, wrong in (("W_enc", saved | {"state_dict": state | {"W_enc": state["W_enc"] * float("nan")}}), ("activation_mean", saved | {"activation_mean": saved["activation_mean"] / 0}), ("norm_scale", saved | {"norm_scale": float("inf")})):
-        torch.save(wrong, path)
-        with pytest.raises(u.UserError, match=f"has NaN or infinite values in {name}: train it again"):
-            u.SAE.load(path)
     torch.save({name: value for name, value in saved.items() if name != "activation_mean"}, path)
     with pytest.raises(u.UserError, match="lacks activation_mean"):
         u.SAE.load(path)
     with pytest.raises(u.UserError, match="there is no SAE at"):
         u.SAE.load(tmp_path / "none.pth")
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    return data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+
+
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_no_flipped_bit_goes_unseen(with_digest, tmp_path, fresh_seed):
+    """Each is refused, or makes no difference. A file from before digests has the sums of its archive alone, which leave
+    out its table of contents: the last 1,500 bytes here."""
+    sae, path, x = u.SAE(4, 8, seed=fresh_seed), tmp_path / "sae.pth", torch.randn(5, 4)
+    sae.config = {"model_name": "m", "layer": 3}
+    sae.save(path)
+    if not with_digest:
+        torch.save(plain(path), path)
+    whole, refused, again = path.read_bytes(), 0, u.SAE.load(path)
+    bits = range(8 * len(whole)) if with_digest else range(8 * (len(whole) - 1500))
+    for i in torch.randperm(len(bits))[:1500].tolist():
+        path.write_bytes(flipped(whole, bits[i]))
+        try:
+            found = u.SAE.load(path)
+        except u.UserError as error:
+            assert "sae.pth" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert torch.equal(found.encode(x), again.encode(x)) and torch.equal(found.W_dec, sae.W_dec) and found.config == again.config
+    assert refused > 300
+
+
+@pytest.mark.parametrize("kind", ["arrays", "json"])
+def test_no_flipped_bit_of_arrays_and_parameters_goes_unseen(kind, tmp_path):
+    value = {"a": torch.randn(5, 4).numpy(), "b": torch.arange(30).numpy()} if kind == "arrays" else {"parameters": {"lr": 3e-3, "name": "a\u4e2d", "list": [1, True, None, -0.5]}, "hook": "x"}
+    path, read = tmp_path / "file", u.load_arrays if kind == "arrays" else u.read_json
+    same = lambda found: all(name in found and (found[name].tobytes() == v.tobytes() if kind == "arrays" else found[name] == v) for name, v in value.items())
+    u.save_arrays(path, value, compressed=True) if kind == "arrays" else u.write_json(path, value, sealed=True)
+    whole, refused = path.read_bytes(), 0
+    assert same(read(path)) and len(read(path)) == len(value)
+    for bit in range(8 * len(whole)):
+        path.write_bytes(flipped(whole, bit))
+        try:
+            found = read(path)
+        except u.UserError:
+            refused += 1
+        else:
+            assert same(found), bit  # the digest's own name may have changed: then it is one more entry
+    assert refused > 4 * len(whole)
+    for damaged in (whole[: len(whole) // 2], b"", b"\x00" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(u.UserError, match="file is (damaged|cut off)"):
+            read(path)
+
+
+def test_a_digest_is_of_types_shapes_and_order():
+    values = [1, 1.0, True, None, "1", [1], [[1]], {"a": 1}, {"b": 1}, {"a": 1, "b": 2}, {"b": 2, "a": 1}]
+    values += [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(6), torch.zeros(2, 3).int(), torch.zeros(2, 3).bfloat16(), -torch.zeros(2, 3), torch.zeros(())]
+    assert len({u.digest(value) for value in values}) == len(values)
+    x = torch.randn(4, 5)
+    assert u.digest(x) == u.digest(x.numpy()) == u.digest(x.T.contiguous().T) and u.digest([1, (2, 3)]) == u.digest([1, [2, 3]])
+
+
+def test_a_disk_that_will_not_have_it_is_one_sentence(sae, tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(u.UserError, match=r"sae.pth could not be written \(No space left on device\): make room there, then give the same command again"):
+        sae.save(tmp_path / "sae.pth")
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+    with pytest.raises(u.UserError, match="metrics.json could not be written .*see who may write there"):
+        u.write_json(tmp_path / "metrics.json", {})
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError), u.atomic(tmp_path / "other"):
+        (tmp_path / "none").read_text()  # what is not of writing is left as it is
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_relative_path_is_of_the_current_folder_first(sae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(u.UserError, match=re.escape(f"there is no SAE at mine.pth (nor {tmp_path / 'mine.pth'}).")):
+        u.SAE.load("mine.pth")
+    sae.save(tmp_path / "mine.pth")
+    assert torch.equal(u.SAE.load("mine.pth").W_enc, sae.W_enc)
+    monkeypatch.setattr(u, "ROOT", tmp_path)
+    monkeypatch.chdir("/")
+    assert torch.equal(u.SAE.load("mine.pth").W_enc, sae.W_enc)  # as before: from the repository
 
 
 def test_devices(monkeypatch):
@@ -146,14 +233,23 @@ def test_devices(monkeypatch):
 def test_parts_that_are_missing_or_do_not_fit_are_named(architecture, tmp_path):
     path, sae = tmp_path / "sae.pth", u.SAE(16, 48, architecture=architecture, k=4)
     sae.save(path)
-    saved = torch.load(path, weights_only=True)
-    state = saved["state_dict"]
+    saved = plain(path)
+    state, config = saved["state_dict"], saved["config"]
     without = lambda of, name: {key: value for key, value in of.items() if key != name}
+    changed = lambda name, value: {"state_dict": state | {name: value}}
     wrong = [({"state_dict": without(state, name)}, f"it lacks {name};") for name in state if name != "W_enc"]
-    wrong += [({"state_dict": without(state, "W_enc")}, "no matrix W_enc"), ({"state_dict": state | {"W_enc": torch.zeros(48)}}, "no matrix W_enc")]
-    wrong += [({"state_dict": state | {"b_dec": torch.zeros(15)}}, r"b_dec of shape \(15,\), not \(16,\)"), ({"state_dict": state | {"b_pre": torch.zeros(16)}}, "holds b_pre, which it should not")]
-    wrong += [({"state_dict": state | {"W_enc": state["W_enc"].T}}, r"W_dec of shape \(48, 16\), not \(16, 48\)"), ({"activation_mean": torch.zeros(48)}, r"activation_mean of shape \(48,\)")]
-    wrong += [({"density": None}, r"density of shape NoneType, not \(48,\)"), ({"config": without(saved["config"], "k")}, "lacks k in its config")]
+    wrong += [({"state_dict": without(state, "W_enc")}, "no matrix W_enc"), (changed("W_enc", torch.zeros(48)), "no matrix W_enc"), (changed("W_enc", torch.zeros(0, 48)), "no matrix W_enc")]
+    wrong += [(changed("b_dec", torch.zeros(15)), r"b_dec of shape \(15,\), not \(16,\)"), (changed("b_pre", torch.zeros(16)), "holds b_pre, which it should not")]
+    wrong += [(changed("W_enc", state["W_enc"].T), r"W_dec of shape \(48, 16\), not \(16, 48\)"), (changed("W_dec", state["W_dec"].T), r"W_dec of shape \(16, 48\), not \(48, 16\)")]
+    wrong += [({"activation_mean": torch.zeros(48)}, r"activation_mean of shape \(48,\)"), ({"activation_mean": torch.zeros(1)}, r"activation_mean of shape \(1,\), not \(16,\)")]
+    wrong += [(changed("W_dec", state["W_dec"].int()), "W_dec in int32, not float32"), (changed("b_enc", state["b_enc"].double()), "b_enc in float64"), ({"max_act": torch.zeros(48).half()}, "max_act in float16")]
+    wrong += [(changed("W_enc", state["W_enc"] * float("nan")), "NaN or infinite values in W_enc"), ({"activation_mean": torch.ones(16) / 0}, "NaN or infinite values in activation_mean")]
+    wrong += [({"norm_scale": value}, "has norm_scale .*, which is no finite number from 0") for value in (-2.0, float("inf"), float("nan"), "1", None, True, torch.ones(1))]
+    wrong += [({"density": None}, r"density of shape NoneType, not \(48,\)"), ({"density": torch.full((48,), 1.5)}, "density outside"), ({"max_act": torch.full((48,), -1.0)}, "max_act outside")]
+    wrong += [({"config": without(config, "k")}, "lacks k in its config"), ({"config": [1]}, "holds a state_dict or config that is none"), ({"config": config | {3: 4}}, "the name 3 is no text")]
+    wrong += [({"config": config | {"architecture": value}}, "has architecture .*none of relu") for value in ("other", 3, [])]
+    wrong += [({"config": config | {"k": value}}, "has k .* for 48 latents") for value in (-1, 49, 2.0, "4", True)]
+    wrong += [({"config": config | {"apply_b_dec_to_input": 1}}, "has apply_b_dec_to_input 1, which is not true or false")]
     for change, message in wrong:
         torch.save(saved | change, path)
         with pytest.raises(u.UserError, match="sae.pth .*" + message):

@@ -381,6 +381,27 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(path):
         trainer.read()
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_last_step_that_went_bad_is_noticed(kernel):
+    """The loss is of before the step, so the last step's own ruin shows in the weights alone."""
+    sae = make_sae("relu")
+    trainer = training.Trainer(sae, L1, kernel=kernel)
+    for _ in range(4):
+        trainer.step(unit_rows(), 1e-3)
+    trainer.read()
+    trainer.step(unit_rows(), 1e39)
+    assert trainer.state["first_bad"] == -1
+    with pytest.raises(u.UserError, match="step 4 or one shortly before it left .*b_enc.* no finite numbers"):
+        trainer.read()
+    with pytest.raises(u.UserError, match="step 4"):
+        training.check_end(trainer, [])
+    good = training.Trainer(make_sae("relu"), L1)
+    good.step(unit_rows(), 1e-3)
+    training.check_end(good, [{"epoch": 1, "held_out_fvu": 0.5}])
+    with pytest.raises(u.UserError, match="after the last step, 1, held_out_fvu are no finite numbers, so no SAE is saved"):
+        training.check_end(good, [{"epoch": 1, "held_out_fvu": 0.5}, {"epoch": 2, "held_out_fvu": float("nan")}])
+
+
 def test_silent_latents_come_back_with_auxk():
     """Half of the latents are pushed below zero for good; only AuxK gives those a gradient."""
     alive = {}
@@ -443,6 +464,43 @@ def test_going_on_from_a_checkpoint_is_the_same_to_the_bit(architecture, tmp_pat
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert all(torch.equal(value, three.state[name]) for name, value in one.state.items())
+
+
+def test_a_checkpoint_that_cannot_be_used_is_a_notice_and_a_new_start(tmp_path, fresh_seed):
+    path, start = tmp_path / "checkpoint.pth", {"epoch": 1, "history": []}
+    sae, random = make_sae("relu"), torch.Generator().manual_seed(fresh_seed)
+    trainer = training.Trainer(make_copy(sae), L1)
+    assert training.resume(path, trainer, "rows", start) == (start, "")
+    for _ in range(3):
+        trainer.step(unit_rows(), 1e-2)
+    training.save_checkpoint(path, trainer, "rows", epoch=2, history=[{"loss": 1.5}])
+    whole, trained, going_on = path.read_bytes(), {name: p.clone() for name, p in trainer.parameters.items()}, {"epoch": 2, "history": [{"loss": 1.5}]}
+
+    def tried(rows="rows", of=sae):
+        """(place, notice, whether the trainer is where it was when the checkpoint was saved, or as it began)."""
+        fresh = training.Trainer(make_copy(of), L1)
+        before = {name: p.clone() for name, p in fresh.parameters.items()}
+        place, lost = training.resume(path, fresh, rows, start)
+        same = lambda wanted: all(torch.equal(p, wanted[name]) for name, p in fresh.parameters.items())
+        assert same(before) and fresh.steps == 0 if place == start else same(trained) and fresh.steps == 3
+        return place, lost
+
+    assert tried() == (going_on, "")
+    refused = 0
+    for bit in torch.randint(8 * len(whole), (150,), generator=random).tolist():
+        path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        place, lost = tried()
+        assert place == (start if lost else going_on) and ("checkpoint.pth" in lost and "starts again from the beginning" in lost) == bool(lost), bit
+        refused += bool(lost)
+    assert refused > 75
+    for damaged in (b"", whole[: len(whole) // 3], whole[:-1], bytes(len(whole))):
+        path.write_bytes(damaged)
+        assert tried()[0] == start and "is damaged" in tried()[1]
+    for case, message in (({"rows": "other"}, "trained on other activations"), ({"of": u.SAE(D_IN, D_SAE + 8)}, "of another SAE")):
+        path.write_bytes(whole)
+        place, lost = tried(**case)
+        assert place == start and message in lost and "kept as checkpoint.other.pth" in lost
+        assert (tmp_path / "checkpoint.other.pth").read_bytes() == whole and not path.exists()
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "jumprelu", "gated"])
