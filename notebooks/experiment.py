@@ -421,7 +421,8 @@ def relabel(run_dir: str) -> Path:
     for latent in labels:
         sae_utils.check_latent(latent, sae.d_sae)
     kept, page = dict(np.load(folder / "features.npz")), folder / "features.html"
-    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text_of(sae), labels)
+    as_text = as_text_of(sae)
+    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text, labels, features.about_run(folder, as_text))
     print(f"{sae_utils.show_path(page)}: {len(labels)} of {int((sae.density > 0).sum()):,} latents have a name")
     return page
 
