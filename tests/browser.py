@@ -38,7 +38,7 @@ DRIVER = """
   const rows = () => all("#rows tr[data-latent]"), groups = () => all("#rows tr.group").map(e => e.textContent);
   const listed = () => rows().map(e => e.dataset.latent), title = () => one("#title").textContent, opened = () => title().match(/\\d+/)[0];
   const marked = () => { const row = all("#rows tr.open"), list = one("#list").getBoundingClientRect(), at = row[0]?.getBoundingClientRect();
-    return row.length === 1 && at.top >= list.top && at.bottom <= list.bottom ? row[0].dataset.latent : `${row.length} open, out of view`; };
+    return row.length === 1 && at.top > list.top - 1 && at.bottom < list.bottom + 1 ? row[0].dataset.latent : `${row.length} open, out of view`; };
   const look_for = word => { search.value = word; const from = performance.now(); search.oninput(); document.body.offsetHeight; return performance.now() - from; };
   const contexts = () => all("#one .context").map(line => [...line.querySelectorAll(".token")].filter(e => !e.matches(".more")).map(e => e.textContent).join(""));
   const follow = async hash => { location.hash = hash; await until(() => one("#title") && opened() === String(hash)); await soon(); };

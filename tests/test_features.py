@@ -229,7 +229,10 @@ def spread_page(tmp_path, kind):
     found["promoted"][1, 4] = tokenizer("phoon", add_special_tokens=False)["input_ids"][0]
     found["promoted"][1, 5] = tokenizer("Ω", add_special_tokens=False)["input_ids"][0]
     density, path = torch.tensor([0.1, 0.2, 0.3]), tmp_path / "features.html"
-    features.write_page(path, "spread", found, density, torch.ones(3), as_text, {1: "Snow"})
+    stable = {"runs": np.array(["seed <1>"]), "stability": np.array([0.5, 0.75, 1]), "cosine": np.array([[0.5, 0.75, 1]]), "match": np.array([[7, 8, 9]])}
+    effects = {"0": {"kl": 0.25, "places": 16, "falls": [["<b>", -0.5]], "rises": []}}
+    about = {"run": "my run", "figures": [["fvu", "0.1234", "what it is"]], "rows": 1000, "effects": effects, "known": {"2": [["next", "<i>", True, 0.875, 0.5]]}, "stability": stable}
+    features.write_page(path, "spread", found, density, torch.ones(3), as_text, {1: "Snow"}, about)
     return path, placed, found | {"density": density, "max_act": torch.ones(3)}, as_text
 
 
@@ -266,10 +269,28 @@ def test_a_word_of_two_tokens_is_found_in_a_browser(tmp_path):
     seen = browser.look(path, "龘")  # latent 2 fires on it in a place from the tenths
     assert seen["found"] == ["1", "2", "0"] and seen["groups"] == ["fires most on it: 1", "fires on it: 1", "has it near where it fires: 1"]
     assert browser.look(path, "ω")["groups"] == ["promotes it: 1"]
+    seen = browser.look(path, "next = <i>")
+    assert seen["found"] == ["2"] and seen["groups"] == ["has it as label, number or known variable: 1"]
     seen = browser.look(path, "snow")
     assert seen["found"] == ["1"] and seen["groups"] == ["has it as label, number or known variable: 1"]
+    file = tmp_path / "labels.csv"
+    file.write_text(seen["csv"], encoding="utf-8")
+    name = 'says "next", <img src=x onerror=seen.errors.push(1)>'
+    assert features.read_labels(file) == {1: "Snow"} | {int(seen["named_latent"]): name}  # the label that there was, and the new one
+    command, edit = seen["texts"]
+    assert command == features.patch_command("my run").replace("{latent}", seen["named_latent"])
+    file.write_text(edit)
+    assert patching.read_edits(file) == [{"latents": [int(seen["named_latent"])], "operation": "amplify", "strength": 4.0, "scope": "all"}]
     seen = browser.look(path, "“中")
     assert seen["found"] == ["0"] and seen["groups"] == ["has it near where it fires: 1"] and not browser.mistakes(seen)
+
+
+@pytest.mark.skipif(not browser.browser(), reason="no chromium is installed here")
+def test_hostile_tokens_stay_text_in_a_browser(tmp_path):
+    path, _, _ = hostile_page(tmp_path)
+    seen = browser.look(path, "</script><b>")
+    assert seen["errors"] == [] and seen["injected"] == 0 and seen["fetched"] == [] and seen["found"]
+    assert "<script>alert(1)</script>" in seen["text"] and not [m for m in browser.mistakes(seen) if m.split()[0] not in ("copied", "window_text")]
 
 
 def page_data(path) -> tuple[dict, dict[str, np.ndarray]]:
