@@ -27,7 +27,7 @@ from sae_utils import nonzero_flat
 
 TOP, PER_DECILE, AROUND = 10, 5, 8  # contexts shown, contexts of each tenth, tokens to either side
 TEXT = 3_200_000  # tokens of text that a page holds, at most
-ALIKE, LOGIT_BINS = 5, 40  # latents named as like another, bins of the histogram of a latent's logit weights
+ALIKE, LOGIT_BINS, LOGITS = 5, 40, 32_768  # latents named as like another; bins of the histogram of a latent's logit weights, and tokens in it
 SAMPLE, BINS = 256, 20  # activations drawn of each latent, bins of its histogram
 CLASSES = ("digit", "capital", "punctuation", "word start", "in a word")
 POSITIONS = (1, 2, 3, 5, 9, 17, 33, 65)  # first position of each group; the last one is open
@@ -209,7 +209,7 @@ def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024, mos
 
 
 @torch.no_grad()
-def firing_together(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most: int = 50_000, pairs: int = 200_000_000, least: int = 5, chunk: int = 256) -> dict[str, Tensor]:
+def firing_together(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most: int = 30_000, pairs: int = 200_000_000, least: int = 5, chunk: int = 256) -> dict[str, Tensor]:
     """For each latent those that fire on the same tokens, by phi: the correlation over rows of "fires", 0 or 1, of two latents,
     (n both - a b) / sqrt(a b (n - a) (n - b)), where of n rows one fires on a, the other on b. Frequent latents meet by
     chance, for which phi, unlike the share of rows that they have in common, allows.
@@ -362,8 +362,8 @@ def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[
     model's activation along the row.
 
     Returns promoted, suppressed (d_sae, k) token ids and promoted_by, suppressed_by: change of the logit; and
-    logit_histogram (d_sae, LOGIT_BINS) int32: how many tokens of the vocabulary have theirs in each of equal bins from the
-    lowest (suppressed_by[:, 0]) to the highest (promoted_by[:, 0]).
+    logit_histogram (d_sae, LOGIT_BINS) int32: how many tokens of the vocabulary, or of every second, third, … where that is
+    more than LOGITS, have theirs in each of equal bins from the lowest (suppressed_by[:, 0]) to the highest (promoted_by[:, 0]).
     """
     after, head = sae_utils.post_norm_name(model, hook_name), model.get_output_embeddings()
     at_post: list[Tensor] = []  # what the norm after the hook takes
@@ -401,7 +401,8 @@ def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[
             results[name].append(best.indices.int().cpu())
             results[name + "_by"].append(best.values.cpu())
         ends = zip(results["suppressed_by"][-1][:, 0].tolist(), results["promoted_by"][-1][:, 0].tolist(), strict=True)
-        bins = [torch.histc(row, LOGIT_BINS, low, high) for row, (low, high) in zip(logits, ends, strict=True)]
+        some = logits[:, :: -(-logits.shape[1] // LOGITS)].contiguous()
+        bins = [torch.histc(row, LOGIT_BINS, low, high) for row, (low, high) in zip(some, ends, strict=True)]
         results["logit_histogram"].append(torch.stack(bins).int().cpu())
     return {name: torch.cat(parts) for name, parts in results.items()}
 

@@ -96,7 +96,7 @@ def test_surroundings_are_the_tokens_and_activations_around(rows, sparse_sae):
 
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])
-def test_token_effects_against_finite_differences(family, fresh_seed):
+def test_token_effects_against_finite_differences(family, fresh_seed, monkeypatch):
     """In the last layer the direct path is all there is: logits move as told when the hook's output is pushed."""
     model, tokenizer = (gemma(), word_tokenizer()) if family == "gemma" else (gpt2(), word_tokenizer())
     model = model.double()
@@ -124,6 +124,8 @@ def test_token_effects_against_finite_differences(family, fresh_seed):
         off += np.abs(found["logit_histogram"][latent].numpy() - bins).sum() // 2  # one near an edge may be in the next bin
         assert found["logit_histogram"][latent].sum() == 24 and found["logit_histogram"][latent, [0, -1]].min() >= 1
     assert off <= 5
+    monkeypatch.setattr(features, "LOGITS", 10)
+    assert (features.token_effects(model, hook, sae, [window], u.special_ids(tokenizer), k=24, most=1)["logit_histogram"].sum(1) == 8).all()  # every third
 
 
 HOSTILE = ["<script>alert(1)</script>", "</script><b>", "<!--", '"quoted"', "'", "$x$", "\\", "日本", "🙂", "\x00\x1b", "\n", "\u2028", "&lt;", "plain"]
