@@ -527,8 +527,8 @@ def relabel(run_dir: str) -> Path:
     sae, labels = sae_utils.SAE.load(folder / "sae.pth"), features.read_labels(folder / "labels.csv")
     for latent in labels:
         sae_utils.check_latent(latent, sae.d_sae)
-    kept, page = features.read(folder), folder / "features.html"
-    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text_of(sae), labels)
+    kept, page, as_text = features.read(folder), folder / "features.html", as_text_of(sae)
+    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text, labels, features.about_run(folder, as_text))
     print(f"{sae_utils.show_path(page)}: {len(labels)} of {int((sae.density > 0).sum()):,} latents have a name")
     return page
 
