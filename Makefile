@@ -88,8 +88,8 @@ lock: ## write requirements.lock anew from requirements.txt (needs uv)
 	mv .lock.whole requirements.lock && rm .lock.new
 
 .PHONY: lab
-lab: $(READY) ## open the notebooks in Jupyter
-	$(VENV)/bin/jupyter lab notebooks
+lab: $(READY) ## open the notebooks in Jupyter, with runs/ and params/ in reach
+	$(VENV)/bin/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/sae_training.ipynb
 
 .PHONY: tiny-model
 tiny-model: $(READY) ## build the embedded tiny model and its text, where they are not there yet
@@ -127,6 +127,10 @@ patch: $(READY) ## edit latents of a finished run: RUN=name [LATENTS="17 23"] [P
 .PHONY: labels
 labels: $(READY) ## put the names in a run's labels.csv on its features.html: RUN=name
 	$(if $(RUN),,$(error say which run: make labels RUN=name))$(RUNNER) labels "runs/$$RUN"
+
+.PHONY: look
+look: $(READY) ## which latents fire on a sentence of yours: RUN=name TEXT="…"
+	$(if $(and $(RUN),$(TEXT)),,$(error say which run, and a sentence: make look RUN=name TEXT="a sentence"))$(RUNNER) look "runs/$$RUN" "$$TEXT"
 
 .PHONY: export
 export: $(READY) ## write a run's SAE for other tools: RUN=name FORMAT=saelens (or safetensors, neuronpedia) [OUT=folder]
@@ -199,6 +203,10 @@ test-oldest: ## the tests with the oldest packages that requirements.txt allows
 .PHONY: test-browser
 test-browser: $(READY) ## search and click through a run's features.html in headless chromium: [RUN=demo]
 	$(PY) tests/browser.py $(if $(RUN),"runs/$$RUN/features.html",runs/demo/features.html)
+
+.PHONY: test-lab
+test-lab: tiny-model ## Run All of both notebooks in JupyterLab, in headless chromium: [SHOTS=folder, for pictures of it]
+	SHOTS=$(if $(SHOTS),"$$SHOTS") $(PY) tests/lab.py
 
 .PHONY: smoke
 smoke: $(READY) ## only the notebooks, on a smaller world, in two minutes

@@ -9,6 +9,7 @@ with one sentence for a mistake. The notebooks make the same checks in their fir
 """
 
 import ast
+import atexit
 import builtins
 import contextlib
 import difflib
@@ -20,8 +21,10 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,9 +107,9 @@ def read_float(text: str):
 READ = {"bool": lambda text: {"true": True, "false": False}.get(text.lower(), text), "int": read_int, "float": read_float}
 
 
-def declared_params(notebook: str) -> dict[str, Param]:
-    """What the parameters cell of `notebooks/<notebook>.ipynb` declares, read from the file itself."""
-    cells = json.loads((sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+def declared_params(notebook: str, text: str = "") -> dict[str, Param]:
+    """What the parameters cell of `notebooks/<notebook>.ipynb` declares, read from the file itself, or from its `text`."""
+    cells = json.loads(text or (sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
     lines = source.splitlines()
     declared = {}
@@ -233,22 +236,32 @@ def cache_folder(run_dir: Path) -> Path:
 def start_run(params: dict, **more):
     """Claims the folder of a training run and writes params.json there, with `more`.
 
-    Returns (folder, claim): the folder is this process's as long as `claim` lives. What an unfinished
-    run with the same parameters left is gone on with from its checkpoint, or started again. Raises
-    UserError where the run is finished, or where another process is at work on it.
+    Returns (folder, claim, finished): the folder is this process's as long as `claim` lives. What an unfinished
+    run with the same parameters left is gone on with from its checkpoint, or started again. Of a run that is finished
+    already, `finished` is its folder (else None), and the folder to write to one of this process's own (`again`).
+    UserError where another process is at work on it.
     """
     run_dir, finished = run_folder(params)
     if finished:
-        raise sae_utils.UserError(
-            f"{sae_utils.show_path(run_dir)} is finished: look at report.pdf there, or change a parameter to start another run."
-        )
+        return again(run_dir), None, run_dir
     claim = claim_folder(run_dir)
     begin_again(run_dir)
     if not (run_dir / "checkpoint.pth").exists():
         for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
             stale.unlink()
-        record_params(run_dir / "params.json", params, **more)
-    return run_dir, claim
+        record_params(run_dir / "params.json", params, **as_it_stands("sae_training"), **more)
+    return run_dir, claim, None
+
+
+def again(run_dir: Path) -> Path:
+    """A scratch folder for another look at a finished run, which goes when this process does: whatever a notebook writes goes
+    there, and nothing in the run's folder is touched. What saves time is copied."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"{run_dir.name}-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    for name in ("params.json", "labels.csv", "fidelity.npz"):
+        if (run_dir / name).exists():
+            shutil.copy(run_dir / name, scratch)
+    return scratch
 
 
 def claim_folder(folder: Path):
@@ -287,7 +300,7 @@ def start_patch(params: dict):
         raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is finished: look at patching.html there, or give this experiment another name.")
     claim = claim_folder(folder)
     begin_again(folder)
-    record_params(folder / "params.json", params)
+    record_params(folder / "params.json", params, **as_it_stands("patch_neurons"))
     return folder, claim
 
 
@@ -307,15 +320,31 @@ def begin_again(folder: Path) -> None:
     sae_utils.sweep_temporary(folder)
 
 
-def finish(folder: Path) -> None:
+def finish(folder: Path, notebook: str) -> None:
     """A notebook's last word: the run in `folder` is finished. Where the launcher executes the notebook it is the launcher
-    that says so, once the executed copy is in its place, and this only notes what was made."""
+    that says so, once the executed copy is in its place, and this only notes what was made. In Jupyter the cells that were
+    executed are kept, in that order, so that a changed loop leaves its trace."""
     launched = os.environ.get(LAUNCHED) == str(folder)
+    if not launched:
+        keep_cells(folder / f"{notebook}.ipynb")
     made = [name for name in FILES if (folder / name).exists()]
     with sae_utils.atomic(folder / (".made" if launched else ".done")) as temporary:
         temporary.write_text("\n".join(["finished", *made, ""]), encoding="utf-8")
     if not launched:
         (folder / "checkpoint.pth").unlink(missing_ok=True)
+
+
+def keep_cells(path: Path) -> None:
+    """Writes what was executed in this kernel as a notebook; nothing outside of one."""
+    import nbformat
+    from IPython import get_ipython
+
+    if not (shell := get_ipython()):
+        return
+    cells = [nbformat.v4.new_code_cell(source, execution_count=n) for n, source in enumerate(shell.user_ns.get("In", [])) if source.strip()]
+    told = nbformat.v4.new_markdown_cell("Run in Jupyter. These are the cells in the order in which they were executed; their outputs were not kept.")
+    with sae_utils.atomic(path) as temporary:
+        nbformat.write(nbformat.v4.new_notebook(cells=[told, *cells]), temporary)
 
 
 def settle(folder: Path, executed: Path) -> bool:
@@ -381,13 +410,38 @@ def refuse_other_params(file: Path, params: dict, notebook: str) -> None:
 def record_params(file: Path, params: dict, **more) -> None:
     """Writes params.json: the parameters as resolved, package versions, git commit."""
     packages = ("torch", "transformers", "datasets", "numpy", "papermill")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=sae_utils.ROOT, capture_output=True, text=True, check=False)
     sae_utils.write_json(file, {
         "parameters": params,
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
         **more,
     }, sealed=True)  # fmt: skip
+
+
+def git(*words: str) -> str | None:
+    """What git says of this checkout; None where there is none."""
+    try:
+        done = subprocess.run(["git", *words], cwd=sae_utils.ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def as_it_stands(notebook: str) -> dict:
+    """For params.json: a digest of the notebook's cells of code, and which files of the code are not as the commit has them."""
+    cells = json.loads((sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "notebooks", "sae_utils.py")
+    return {"notebook_digest": sae_utils.digest(code), "changed_since_commit": None if changed is None else [line[3:] for line in changed.splitlines()]}
+
+
+def edited_defaults(notebook: str) -> list[str]:
+    """A sentence, or none, on parameters whose default is not the commit's: an edit saved in Jupyter holds for make as well."""
+    if not (committed := git("show", f"HEAD:notebooks/{notebook}.ipynb")):
+        return []
+    before, now = declared_params(notebook, committed), declared_params(notebook)
+    edited = [f"{name} {p.default!r}" + (f", not {before[name].default!r}" if name in before else ", new") for name, p in now.items() if name not in before or p.default != before[name].default]
+    return [f"defaults in {notebook}.ipynb are not those of the commit: {'; '.join(edited)}."] if edited else []
 
 
 def compare_folder(params: dict) -> tuple[Path, bool]:
@@ -418,6 +472,8 @@ def launch(name: str, flags: list[str]) -> Path:
     source = sae_utils.ROOT / "notebooks" / f"{name}.ipynb"
     params = check_params(name, typed.parameters(flags))
     folder, finished = FOLDERS[name](params)
+    for notice in edited_defaults(name):
+        print("Notice:", notice)
     if not finished:
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -533,6 +589,26 @@ def relabel(run_dir: str) -> Path:
     return page
 
 
+def look(run_dir: str, text: str) -> Path:
+    """Which latents of a finished run fire on each token of a text: printed, and as a page that leads into the run's features.html."""
+    import features
+    import harvest
+    import looking
+
+    folder = finished_run(run_dir)
+    sae, kept, names = sae_utils.SAE.load(folder / "sae.pth"), features.read(folder), features.read_labels(folder / "labels.csv")
+    config = sae.config
+    if harvest.model_fingerprint(config["model_name"], config["model_revision"]) != config["model_fingerprint"]:
+        raise sae_utils.UserError(f"{config['model_name']} is no longer the model this SAE was trained on: train it again.")
+    model, tokenizer = sae_utils.load_model(config["model_name"], config["model_revision"], sae_utils.pick_device(), config["dtype"])
+    found = looking.look(model, tokenizer, config["hook_name"], sae.to(model.device), text, kept, names)
+    page = folder / "looks" / f"{safe_name(text.strip()[:40])}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:6]}.html"
+    looking.write_page(page, f"What fires on a sentence: {folder.name}", text, found, "../features.html")
+    print(looking.as_lines(found))
+    print(sae_utils.show_path(page))
+    return page
+
+
 def judge(source: str, flags: list[str], look_again: bool = True) -> Path:
     """`launch` of sae_training on an SAE that is trained already: where the flags do not say which model and layer, the
     ones it was made for; where they name no run, one named after it. Without `look_again` a finished look at this SAE in
@@ -634,6 +710,7 @@ def sweep_table(file: str) -> None:
 JOBS = {  # what a first word that is no notebook does
     "activations": lambda layers, *flags: harvest_layers(layers, [*flags]),  # LAYERS: their rows, in one pass
     "labels": relabel,  # RUN: its features.html anew
+    "look": look,  # RUN TEXT: which latents fire on it
     "features": lambda source, *flags: judge(source, [*flags]),  # SAE: looked at as our own is
     "patch": lambda source, *flags: patch_elsewhere(source, [*flags]),  # SAE, flags of its look, --, flags of the experiment
     "check": lambda *flags: check_model([*flags]),  # whether a model will do
