@@ -474,17 +474,35 @@ def splits(facts: list[dict], hidden: Tensor, best: dict[str, Tensor]) -> list[d
 # ---------------------------------------------------------------------------------------------
 
 
+HEADINGS = {"latent", "number", "feature", "index", "id"}  # what a first line of labels.csv may begin with
+
+
 def read_labels(path: Path) -> dict[int, str]:
-    """The names that a person gave to latents: lines of number, comma, name. No file: no names."""
+    """The names that a person gave to latents: lines of number, comma, name. No file: no names. UserError, with its number,
+    for a line that is none: nothing is passed over but empty lines and a heading."""
     if not path.exists():
         return {}
-    labels = {}
-    for number, row in enumerate(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()), 1):
-        if not row or number == 1 and not row[0].strip().isdigit():  # a heading
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise sae_utils.UserError(f"{sae_utils.show_path(path)} is not UTF-8: save it as UTF-8.") from None
+    except OSError as error:
+        raise sae_utils.UserError(f"{sae_utils.show_path(path)}: {error.strerror}.") from None
+    labels, given = {}, {}
+    for number, line in enumerate(lines, 1):
+        where = f"{sae_utils.show_path(path)}, line {number}"
+        if not line.strip() or number == 1 and line.partition(",")[0].strip().lower() in HEADINGS:
             continue
-        if len(row) < 2 or not row[0].strip().isdigit():
-            raise sae_utils.UserError(f"{sae_utils.show_path(path)}, line {number}: a line is a latent's number, a comma and its name, not {','.join(row)!r}.")
-        labels[int(row[0])] = ",".join(row[1:]).strip()
+        try:
+            (row,) = csv.reader([line.rstrip("\r")], strict=True)
+        except csv.Error as error:
+            raise sae_utils.UserError(f"{where}: {str(error)}, in {line[:80]!r}.") from None
+        latent, name = row[0].strip(), ",".join(row[1:]).strip()
+        if not latent.isascii() or not latent.isdecimal() or len(latent) > 18 or not name:
+            raise sae_utils.UserError(f"{where}: a line is a latent's number, a comma and its name, not {line[:80]!r}.")
+        if given.setdefault(int(latent), number) != number:
+            raise sae_utils.UserError(f"{where}: latent {latent} has a name already, in line {given[int(latent)]}.")
+        labels[int(latent)] = name
     return labels
 
 

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import random
 import re
 import shlex
 
@@ -371,9 +372,27 @@ def test_labels_are_read_and_a_wrong_line_is_named(tmp_path):
     assert features.read_labels(file) == {}
     file.write_text('latent,name\n3,colours\n\n17,"says, next: red"\n')
     assert features.read_labels(file) == {3: "colours", 17: "says, next: red"}
-    file.write_text("3,colours\nseven,x\n")
-    with pytest.raises(u.UserError, match="labels.csv, line 2: a line is a latent's number"):
+    for wrong, line in (("seven,x", 2), ("3;x", 1), ("-3,x", 1), ("3", 2), ("3,", 1), (",x", 2), ("²,x", 1), ("3 4,x", 2), ("x,latent", 1), ('4,"open', 1), ('4,"a" b', 2), ("9" * 400 + ",x", 1), ("a\0,x", 1)):
+        file.write_text("5,colours\n" * (line - 1) + wrong + "\n6,moods\n")
+        with pytest.raises(u.UserError, match=f"labels.csv, line {line}: ") as told:
+            features.read_labels(file)
+        assert "\n" not in str(told.value) and len(str(told.value)) < 300
+    file.write_text("3,a\r\n\r\n4,b\r\n3,c\r\n")
+    with pytest.raises(u.UserError, match="line 4: latent 3 has a name already, in line 1"):
         features.read_labels(file)
+    file.write_bytes("3,caf\xe9".encode("latin-1"))
+    with pytest.raises(u.UserError, match="labels.csv is not UTF-8"):
+        features.read_labels(file)
+
+
+def test_every_line_of_labels_is_used(tmp_path, fresh_seed):
+    chance, file = random.Random(fresh_seed), tmp_path / "labels.csv"
+    pieces = ["a", " b", '"', ",", "é", "\u2028", "\x0b", "'", "#", ";", "007", "\t"]
+    names = {chance.randrange(10**6): "x" + "".join(chance.choices(pieces, k=5)) + "y" for _ in range(50)}
+    for end in ("\n", "\r\n"):
+        quoted = "".join(f'{latent},"{name.replace(chr(34), chr(34) * 2)}"{end}' for latent, name in names.items())
+        file.write_bytes(("\ufeff" * (end == "\n") + quoted).encode())
+        assert features.read_labels(file) == names
 
 
 def test_shares_by_brute_force(rows, sparse_sae, tokenizer):
