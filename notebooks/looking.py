@@ -43,7 +43,7 @@ def fires(acts: Tensor, max_act: Tensor, n: int = 5) -> list[list[dict]]:
 
 def look(model, tokenizer, hook_name: str, sae: sae_utils.SAE, text: str, kept: dict, names: dict[int, str], n: int = 5) -> list[dict]:
     """What fires on each token of `text`: {"token", "latents"}, the latter of `fires` with what each is `about` and how many
-    fire `in_all`. BOS and other special tokens are left out. UserError where there is no text, or more than the model has positions for."""
+    fire `in_all`. BOS is left out; on other special tokens nothing is read. UserError where there is no text, or more than the model has positions for."""
     if not text.strip():
         raise UserError('there is no text to look at: give a sentence, TEXT="…".')
     (prompt,) = patching.encode_prompts(tokenizer, [text], chat=False)
@@ -54,8 +54,8 @@ def look(model, tokenizer, hook_name: str, sae: sae_utils.SAE, text: str, kept: 
     special, top = set(sae_utils.special_ids(tokenizer)), fires(acts, sae.max_act.cpu(), n)
     return [
         {"token": piece, "latents": [told(found) for found in line], "in_all": int((row > 0).sum())}
-        for token, piece, line, row in zip(prompt, tokens, top, acts, strict=True)
-        if token not in special
+        for i, (token, piece, line, row) in enumerate(zip(prompt, tokens, top, acts, strict=True))
+        if i > 0 or token not in special
     ]
 
 
@@ -123,9 +123,9 @@ def edit_of(latents: list[int], operation: str, dose: float, scope: str) -> dict
     return {"latents": latents, "operation": operation} | ({} if operation == "ablate" else {"strength": dose}) | {"scope": scope}
 
 
-def as_yaml(edit: dict) -> str:
-    """A file for params/patches/ with this edit."""
-    return yaml.safe_dump({"edits": [edit]}, sort_keys=False, default_flow_style=None)
+def as_yaml(*edits: dict) -> str:
+    """A file for params/patches/ with these edits."""
+    return yaml.safe_dump({"edits": list(edits)}, sort_keys=False, default_flow_style=None, allow_unicode=True)
 
 
 def as_python(edit: dict, prompt: str, max_new_tokens: int) -> str:
