@@ -195,6 +195,7 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(played):
     mine = {f".sae.pth.{os.getpid()}.tmp", ".notes.tmp", f".x.{os.getppid()}.tmp", ".y.99999999999999999999.tmp", ".z.-1.tmp"}
     for name in mine | {f".sae.pth.{gone.pid}.tmp", f".report.pdf.{gone.pid}.tmp"}:
         (run / name).touch()
+    (run / f".saelens.{gone.pid}.tmp" / "deep").mkdir(parents=True)
     experiment.launch("sae_training", as_flags(params))
     assert visible(run) == WHOLE | mine
 
