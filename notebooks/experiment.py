@@ -314,7 +314,8 @@ def finish(folder: Path) -> None:
     with sae_utils.atomic(folder / (".made" if launched else ".done")) as temporary:
         temporary.write_text("\n".join(["finished", *made, ""]), encoding="utf-8")
     if not launched:
-        (folder / "checkpoint.pth").unlink(missing_ok=True)
+        for file in (folder / "checkpoint.pth", *folder.glob("*.running.ipynb")):  # of a launcher that was killed
+            file.unlink(missing_ok=True)
 
 
 def settle(folder: Path, executed: Path) -> bool:

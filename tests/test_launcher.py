@@ -105,6 +105,7 @@ def test_a_run_of_before_and_one_of_jupyter_are_finished_without_an_executed_cop
     claim.release()
     (out_dir / "sae.pth").touch()
     (out_dir / "checkpoint.pth").touch()
+    (out_dir / "sae_training.running.ipynb").touch()  # of a launcher that was killed before
     experiment.finish(out_dir)
     assert (out_dir / ".done").read_text() == "finished\nparams.json\nsae.pth\n" and not (out_dir / "checkpoint.pth").exists() and experiment.is_finished(run)
     (run / ".done").write_text("finished\n")
