@@ -62,7 +62,7 @@ help: ## list the jobs
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Error: Python 3.11 or later is needed, this is {sys.version.split()[0]}: make setup PYTHON=python3.12")'
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	$(if $(TORCH_INDEX),$(1)/bin/python -m pip install --quiet --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt))
+	$(if $(TORCH_INDEX),$(1)/bin/python -m pip install --quiet --index-url "$$TORCH_INDEX" $$(grep '^torch==' requirements.txt))
 	$(1)/bin/python -m pip install --quiet $(3) --requirement $(2)
 	@pwd > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sae_utils.pth"
 	@mkdir -p "$$IPYTHONDIR/profile_default"

@@ -24,6 +24,7 @@ import math
 import operator
 import os
 import re
+import shutil
 import time
 import unicodedata
 import warnings
@@ -160,12 +161,12 @@ def read_torch(path: Path) -> dict:
 
 
 def sweep_temporary(folder: Path) -> None:
-    """Deletes what `atomic` left in `folder` where its process was killed. For whoever holds the folder's lock."""
+    """Deletes what `atomic`, an export or a removal left in `folder` where its process was killed. For whoever holds the folder's lock."""
     for file in folder.glob(".*.tmp"):
         try:
             os.kill(int(file.name.split(".")[-2]), 0)  # asks whether there is such a process, and does nothing to it
         except ProcessLookupError:
-            file.unlink(missing_ok=True)
+            shutil.rmtree(file, ignore_errors=True) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
         except (ValueError, OverflowError, PermissionError):  # no file of ours, or a process of somebody else
             pass
 

@@ -10,7 +10,6 @@ with one sentence for a mistake. The notebooks make the same checks in their fir
 
 import ast
 import atexit
-import builtins
 import contextlib
 import difflib
 import errno
@@ -331,7 +330,8 @@ def finish(folder: Path, notebook: str) -> None:
     with sae_utils.atomic(folder / (".made" if launched else ".done")) as temporary:
         temporary.write_text("\n".join(["finished", *made, ""]), encoding="utf-8")
     if not launched:
-        (folder / "checkpoint.pth").unlink(missing_ok=True)
+        for file in (folder / "checkpoint.pth", *folder.glob("*.running.ipynb")):  # of a launcher that was killed
+            file.unlink(missing_ok=True)
 
 
 def keep_cells(path: Path) -> None:
@@ -493,6 +493,9 @@ def launch(name: str, flags: list[str]) -> Path:
                     return folder
         except filelock.Timeout:
             raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is being worked on by another process: wait for it.") from None
+        except OSError as error:  # a write that fails does not say where
+            error.filename = error.filename or str(folder)
+            raise
     print(f"{sae_utils.show_path(folder)} is finished: nothing to do.")
     return folder
 
@@ -742,11 +745,11 @@ def told(error: BaseException) -> tuple[str, int]:
     said, number = str(error), error.errno if isinstance(error, OSError) else None
     if isinstance(error, papermill.PapermillExecutionError):
         said, found = error.evalue, re.match(r"\[Errno (\d+)\]", error.evalue)
-        number = int(found[1]) if found and isinstance(getattr(builtins, error.ename, None), type) and issubclass(getattr(builtins, error.ename), OSError) else None
+        number = int(found[1]) if found else None
     if isinstance(error, sae_utils.UserError) or getattr(error, "ename", "") == "UserError":
-        return f"Error: {' '.join(said.split(chr(10)))}", 2
+        return f"Error: {said}".replace("\n", " "), 2
     if number in MACHINE:
-        return f"Error: {said.split('] ')[-1]}: {MACHINE[number]}; then {again}", 1
+        return f"Error: {said.partition('] ')[2]}: {MACHINE[number]}; then {again}", 1
     if isinstance(error, KeyboardInterrupt):
         return f"Interrupted: {again}", 130
     if isinstance(error, nbclient.exceptions.DeadKernelError) or isinstance(error, RuntimeError) and "Kernel died" in said:

@@ -224,7 +224,8 @@ def remove(root: Path, name: str, yes: bool = False) -> bool:
                     return False
             except EOFError:  # Ctrl-D
                 return False
-            going = root / f".{name}.{os.getpid()}.removed"  # at once: what is stopped half-way is no run that looks whole
+            sae_utils.sweep_temporary(root)
+            going = root / f".{name}.{os.getpid()}.tmp"  # at once: what is stopped half-way is no run that looks whole
             shutil.rmtree(folder.rename(going))
             return True
     except filelock.Timeout:

@@ -105,6 +105,7 @@ def test_a_run_of_before_and_one_of_jupyter_are_finished_without_an_executed_cop
     claim.release()
     (out_dir / "sae.pth").touch()
     (out_dir / "checkpoint.pth").touch()
+    (out_dir / "sae_training.running.ipynb").touch()  # of a launcher that was killed before
     experiment.finish(out_dir)
     assert (out_dir / ".done").read_text() == "finished\nparams.json\nsae.pth\n" and not (out_dir / "checkpoint.pth").exists() and experiment.is_finished(run)
     (run / ".done").write_text("finished\n")
@@ -195,6 +196,7 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(played):
     mine = {f".sae.pth.{os.getpid()}.tmp", ".notes.tmp", f".x.{os.getppid()}.tmp", ".y.99999999999999999999.tmp", ".z.-1.tmp"}
     for name in mine | {f".sae.pth.{gone.pid}.tmp", f".report.pdf.{gone.pid}.tmp"}:
         (run / name).touch()
+    (run / f".saelens.{gone.pid}.tmp" / "deep").mkdir(parents=True)
     experiment.launch("sae_training", as_flags(params))
     assert visible(run) == WHOLE | mine
 
