@@ -13,6 +13,7 @@ Importing this module does nothing else.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import errno
 import hashlib
@@ -23,7 +24,7 @@ import math
 import operator
 import os
 import re
-import runpy
+import shutil
 import sys
 import time
 import unicodedata
@@ -54,9 +55,21 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------
 
 
-def resolve(path: str | Path) -> Path:
-    """The path, relative ones counted from the repository root wherever the kernel was started."""
-    return (ROOT / Path(path).expanduser()).resolve()
+def resolve(path: str | Path, base: Path | None = None) -> Path:
+    """The path, relative ones counted from `base`, by default the repository root, wherever the kernel was started.
+
+    Raises UserError for what can be no path: a name of more than 255 bytes, NUL, a ~ of nobody, links in a circle.
+    """
+    text = str(path)
+    try:
+        if "\0" in text or any(len(os.fsencode(part)) > 255 for part in text.split(os.sep)):
+            raise ValueError("a name has at most 255 bytes, and no NUL")
+        found = ((base or ROOT) / Path(path).expanduser()).resolve()
+        if len(os.fsencode(found)) > 4000:
+            raise ValueError("it is longer than 4000 bytes")
+        return found
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"{text[:80]!r}{'…' * (len(text) > 80)} is no path: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def find(path: str | Path) -> Path:
@@ -162,6 +175,17 @@ def read_torch(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def sweep_temporary(folder: Path) -> None:
+    """Deletes what `atomic`, an export or a removal left in `folder` where its process was killed. For whoever holds the folder's lock."""
+    for file in folder.glob(".*.tmp"):
+        try:
+            os.kill(int(file.name.split(".")[-2]), 0)  # asks whether there is such a process, and does nothing to it
+        except ProcessLookupError:
+            shutil.rmtree(file, ignore_errors=True) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):  # no file of ours, or a process of somebody else
+            pass
+
+
 def save_arrays(path: Path, arrays: dict, compressed: bool = False) -> None:
     """Writes a .npz of arrays, with their digest."""
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
@@ -221,12 +245,15 @@ def show_path(path: Path) -> str:
 
 def pick_device(name: str = "") -> str:
     """`name`, or the best device there is: CUDA, then MPS, then CPU."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name and not found.get(name.split(":")[0], False):
-        raise UserError(f"device {name} is not available here; leave it empty to use {next(d for d in found if found[d])}.")
-    if name.startswith("cuda:"):
-        torch.cuda.set_device(name)  # a recorded graph belongs to the current device
-    return name or next(d for d in found if found[d])
+    found = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    best = next(kind for kind in found if found[kind])
+    kind, colon, number = (name or best).partition(":")
+    if kind not in found or not found[kind] or colon and number not in map(str, range(found[kind])):
+        raise UserError(f"device {name} is not available here; leave it empty to use {best}.")
+    if kind != "cuda" or not colon:
+        return kind
+    torch.cuda.set_device(name)  # a recorded graph belongs to the current device
+    return name
 
 
 class Every:
@@ -287,14 +314,29 @@ HOOKS = {
 def use_hf_token() -> None:
     """Honours notebooks/secret_tokens.py (HF_TOKEN = "…") where the environment has no token.
 
-    HF_TOKEN and `hf auth login` need nothing: the Hugging Face libraries read them by themselves.
+    HF_TOKEN and `hf auth login` need nothing: the Hugging Face libraries read them by themselves. The file is read and
+    not run, and what is wrong with it, or with a token, is said without a word of it: it would end up in notebooks.
     """
-    file = ROOT / "notebooks" / "secret_tokens.py"
-    if file.exists() and not os.environ.get("HF_TOKEN"):
-        token = runpy.run_path(str(file)).get("HF_TOKEN")
+    where, token = "HF_TOKEN in the environment", os.environ.get("HF_TOKEN", "").strip()
+    if not token and (file := ROOT / "notebooks" / "secret_tokens.py").exists():
+        where, token = "notebooks/secret_tokens.py", _token_in(file)
         if not token:
-            raise UserError('notebooks/secret_tokens.py sets no token: it should say HF_TOKEN = "…".')
+            raise UserError('notebooks/secret_tokens.py sets no token: it should say HF_TOKEN = "…", on one line and between quotes.')
+    if not re.fullmatch(r"[!-~]*", token):
+        raise UserError(f"{where} is no token: it holds blanks, or letters that no token has.")
+    if token:
         os.environ["HF_TOKEN"] = token
+
+
+def _token_in(file: Path) -> str:
+    """The text that the file gives to HF_TOKEN; "" where it does not, or is no Python."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # which would quote the line
+            tree = ast.parse(file.read_bytes()[:100_000])
+    except Exception:  # whatever it is, it may hold the line
+        return ""
+    given = [node.value for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) and "HF_TOKEN" in map(ast.unparse, getattr(node, "targets", [getattr(node, "target", None)]))]
+    return given[-1].value.strip() if given and isinstance(given[-1], ast.Constant) and isinstance(given[-1].value, str) else ""
 
 
 # What reading a model or a text may raise: these, and whatever the libraries define themselves. Anything else
@@ -329,6 +371,8 @@ def hub_errors(kind: str, name: str):
             what = "does not exist on the Hugging Face hub, or is private: check the name, or set HF_TOKEN"
         elif not local and re.search(r"[Oo]ffline ?[Mm]ode|couldn't (connect|reach|find)|resolve host|LocalEntryNotFound|Max retries", text, re.IGNORECASE):
             what = "is not on this disk and the Hugging Face hub cannot be reached: connect (and unset HF_HUB_OFFLINE), or name a local folder"
+        elif "trust_remote_code" in text:  # given as False wherever something is loaded: else transformers asks [y/N]
+            raise UserError(f"{kind} {name} comes with a program of its own (trust_remote_code), which is never run here: choose one that the libraries know by themselves.") from error
         elif "RevisionNotFoundError" in kinds:
             raise UserError(f"{kind} {name} has no such revision: leave it away, or name a commit or branch that there is.") from error
         else:
@@ -359,7 +403,7 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", s
     source = local_or_hub(model_name, "model")
     use_hf_token()
     with hub_errors("model", model_name):
-        config = transformers.AutoConfig.from_pretrained(source, revision=revision or None)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision or None, trust_remote_code=False)
     text_config = config.get_text_config()
     n_layers, positions = text_config.num_hidden_layers, getattr(text_config, "max_position_embeddings", None)
     if positions and seq_len > positions:
@@ -368,7 +412,7 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", s
         raise UserError(f"layer {layer} is outside {model_name}: valid layers are 0 to {n_layers - 1}.")
     name = (hook or HOOKS.get(config.model_type, DEFAULT_HOOK)).replace("{layer}", str(layer))
     with torch.device("meta"), hub_errors("model", model_name):
-        skeleton = transformers.AutoModelForCausalLM.from_config(config)
+        skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     modules = [n for n, _ in skeleton.named_modules() if n]
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3)
@@ -390,9 +434,9 @@ def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: 
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     with hub_errors("model", model_name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision or None)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision or None, trust_remote_code=False)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, revision=revision or None, dtype=getattr(torch, dtype), output_loading_info=True
+            source, revision=revision or None, dtype=getattr(torch, dtype), output_loading_info=True, trust_remote_code=False
         )
     if info["missing_keys"]:
         raise UserError(
@@ -906,8 +950,9 @@ def activation_stats(activations: Tensor, index: Tensor, chunk: int = 65536) -> 
     total = torch.zeros(activations.shape[1], dtype=torch.float64)
     for part in index.split(chunk):
         total += activations[part].double().sum(0)
-    mean = (total / len(index)).float()
-    norm = torch.cat([(part.float() - mean).norm(dim=1) for part in activations.split(chunk)])
+    mean, norm = (total / len(index)).float(), torch.empty(len(activations))
+    for own, part in zip(norm.split(chunk), activations.split(chunk), strict=True):  # not kept piece by piece: the memory between small pieces is not given back
+        torch.linalg.vector_norm(part.float() - mean, dim=1, out=own)
     return mean, norm
 
 

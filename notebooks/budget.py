@@ -4,6 +4,7 @@ import io
 import os
 import time
 
+import psutil
 import torch
 from matplotlib.figure import Figure
 
@@ -30,6 +31,22 @@ def draw() -> None:
     figure = Figure()
     figure.subplots().plot(range(100))
     figure.savefig(io.BytesIO())
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+
+
+def refuse_what_does_not_fit(d_in: int, d_sae: int, batch_size: int, device: str) -> None:
+    """UserError where an SAE cannot be trained for want of memory: weights, gradients and Adam's moments alone, with one
+    batch's latents, take more than is free. Before any of it is asked for; batch_size 0: it is only looked at."""
+    needed, free = (16 if batch_size else 4) * 2 * d_in * d_sae + 4 * batch_size * d_sae, free_memory(device)
+    if needed > free:
+        raise sae_utils.UserError(
+            f"{d_sae:,} latents of {d_in:,} dimensions{f', {batch_size:,} rows a step,' * (batch_size > 0)} take at least {sae_utils.in_bytes(needed)} of memory, "
+            f"and {sae_utils.in_bytes(free)} are free on {device}: lower expansion{' or batch_size' * (batch_size > 0)}."
+        )
 
 
 @torch.no_grad()

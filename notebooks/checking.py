@@ -14,7 +14,6 @@ from pathlib import Path
 
 import huggingface_hub
 import jinja2
-import psutil
 import torch
 import transformers
 
@@ -175,17 +174,12 @@ def hook(params: dict, found: Found) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def memory(device: str) -> int:
-    """Bytes that are free on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
-
-
 def model(params: dict, found: Found) -> str:
     device = sae_utils.pick_device(params["device"])
     dtype = getattr(torch, ("float32" if device == "cpu" else "bfloat16") if params["dtype"] == "auto" else params["dtype"])
     with torch.device("meta"):
         count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(found.config).parameters())
-    needed, free = count * dtype.itemsize, memory(device)
+    needed, free = count * dtype.itemsize, budget.free_memory(device)
     if needed > free:
         raise UserError(f"{count / 1e9:.1f}e9 parameters in {dtype} need {in_bytes(needed)}, and {in_bytes(free)} of memory are free on {device}: close other programs, or try -p dtype bfloat16.")
     begin = time.perf_counter()
@@ -210,6 +204,7 @@ def shape(params: dict, found: Found) -> str:
     latents = params["expansion"] * width
     if rule.knob == "k" and params["k"] > latents:
         raise UserError(f"k {params['k']} is more than the {latents} latents there are: lower k or raise expansion.")
+    budget.refuse_what_does_not_fit(width, latents, params["batch_size"], found.model.device.type)
     found.sae = sae_utils.SAE(width, latents, architecture=params["architecture"], k=params["k"]).to(found.model.device).requires_grad_(False)
     return f"activations {width:,} wide, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}; {latents:,} latents at expansion {params['expansion']}"
 
@@ -283,7 +278,7 @@ def scope(where: str, params: dict, found: Found) -> str:
 def cost(params: dict, found: Found) -> str:
     stages = budget.stages(found.model, found.hook, found.sae, params, stored=False)
     disk, needed = stages[0]["bytes"], max(stages[1:], key=lambda stage: stage["bytes"])
-    room, free = shutil.disk_usage(sae_utils.ROOT).free, memory(found.model.device.type)
+    room, free = shutil.disk_usage(sae_utils.ROOT).free, budget.free_memory(found.model.device.type)
     if disk > room:
         raise UserError(f"the activations need {in_bytes(disk)} on disk, where {in_bytes(room)} are free: lower n_activations, or make room.")
     if needed["bytes"] > free:

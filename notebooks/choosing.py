@@ -27,17 +27,23 @@ ROUNDING = 1e-3  # of log-odds, between batches of other sizes
 # ---------------------------------------------------------------------------------------------
 
 
-def second_half(held_out: Tensor, owner) -> int:
-    """The window at which the second half of the held-out windows begins, as near to the middle as a document
-    ends (`owner` (windows,): its document); of one long document simply the middle. `held_out` (windows,), boolean.
-    UserError where there is a single window."""
+def second_half(held_out: Tensor, owner, seed: int = 0) -> Tensor:
+    """(windows,) boolean: the half of the held-out windows on which is tried what was chosen on the other. `held_out`
+    (windows,), boolean; `owner` (windows,) each one's document.
+
+    Documents are taken in a random order, since the first ones may be from another source than the last, and the cut
+    runs where one ends, as near to the middle as may be; of one long document the second half is tried. UserError where there is a single window.
+    """
     windows, owner = held_out.nonzero().flatten(), torch.as_tensor(owner)
-    borders = (owner[windows][1:] != owner[windows][:-1]).nonzero().flatten() + 1  # where a new document begins
+    documents, number = owner[windows].unique(return_inverse=True)
+    place = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))[number]
+    windows, place = windows[place.argsort(stable=True)], place.sort().values
+    borders = (place[1:] != place[:-1]).nonzero().flatten() + 1  # where another document begins
     half = len(windows) // 2
     half = int(borders[(borders - half).abs().argmin()]) if len(borders) else half
     if half == 0:
         raise UserError("the held-out text is a single window: there is nothing to choose and to try on.")
-    return int(windows[half])
+    return torch.zeros_like(held_out).index_fill_(0, windows[half:], True)
 
 
 def followers(rows) -> Tensor:

@@ -9,12 +9,16 @@ with one sentence for a mistake. The notebooks make the same checks in their fir
 """
 
 import ast
+import atexit
+import contextlib
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -25,10 +29,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sae_utils
+import typed
 
 
 FREE = {"device", "checkpoint_minutes"}  # parameters that do not change what an experiment is
 KEPT = ("activations", "tiny-model", "tiny-world", "compare")  # folders under runs/ that are no runs
+OURS = r"\..*|sae_training\..*|events\.out\..*"  # what may lie in a run's folder before its params.json does
+# What a finished run or experiment is made of, as far as it made it; beside it, the executed notebook.
+FILES = "params.json sae.pth metrics.json history.csv features.npz features.html report.pdf overview.png patching.json patching.html".split()
+LAUNCHED = "SAE_LAUNCHED"  # in the environment of a kernel: the folder into which `execute` will put the executed notebook
 
 
 @dataclass
@@ -36,49 +45,70 @@ class Param:
     """One line of a notebook's parameters cell: `name: type = default  # help [allowed]`."""
 
     name: str
-    type: str
+    type: str  # str, int, float, bool, list[str] or list[int]
     default: object
     help: str
-    allowed: str  # "", "from 1", "above 0", "0 to 1" or "relu | topk"; no "=", papermill trips over it
+    allowed: str  # "", "from 1", "1 to 9", "above 0 to 9", "0 | 1 to 9" or "relu | topk"; no "=", papermill trips over it
 
     def checked(self, value):
-        """The value in the declared type; words such as 'false', '1e-4' or '16' that papermill, YAML or
-        a sweep's grid leave as text are converted. Raises UserError for a wrong type or range."""
-        if self.type == "bool" and str(value).lower() in ("true", "false"):
-            value = str(value).lower() == "true"
-        elif self.type == "float" and not isinstance(value, bool):
-            try:
-                value = float(value)
-            except (TypeError, ValueError):
-                pass
-        elif self.type == "int" and isinstance(value, str):
-            try:
-                value = int(value)
-            except ValueError:
-                pass
-        elif self.type == "str" and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        wrong_type = type(value).__name__ != self.type
-        if wrong_type or (isinstance(value, float) and not math.isfinite(value)) or not self._in_range(value):
-            expected = {"str": "text", "int": "a whole number", "float": "a number"}.get(self.type, f"a {self.type}")
-            bounds = f" ({self.allowed})" if self.allowed else ""
-            raise sae_utils.UserError(f"parameter {self.name} must be {expected}{bounds}, not {value!r}.")
+        """The value in the declared type, where it has that type or is a text that says one of it, as what was typed is.
+        Raises UserError for a wrong type or range."""
+        if self.type.startswith("list"):
+            item = Param(self.name, self.type[5:-1], None, self.help, self.allowed)
+            items = typed.listed(value, item.type == "int", self.name) if isinstance(value, str) else value
+            if not isinstance(items, list):
+                raise self._refused(value)
+            return [item.checked(one) for one in items]
+        if isinstance(value, str):
+            value = READ.get(self.type, str)(value)
+        elif self.type == "float" and type(value) is int and abs(value) < 1e300:
+            value = float(value)
+        if type(value).__name__ != self.type or not self._allows(value):
+            raise self._refused(value)
+        if isinstance(value, str) and ("\0" in value or value.encode("utf-8", "ignore").decode() != value):
+            raise sae_utils.UserError(f"parameter {self.name}, {ascii(value)[:100]}, holds what no text in UTF-8 does.")
         return value
 
-    def _in_range(self, value) -> bool:
-        words = self.allowed.split()
-        if words[:1] == ["from"]:
-            return value >= float(words[1])
-        if words[:1] == ["above"]:
-            return value > float(words[1])
-        if words[1:2] == ["to"]:
-            return float(words[0]) <= value <= float(words[2])
-        return not words or value in words[::2]
+    def _refused(self, value) -> sae_utils.UserError:
+        names = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "list[int]": "a list of whole numbers", "list[str]": "a list of texts"}
+        how = {"list[int]": ": -p {0} '17 23', or {0}: [17, 23] in a file", "list[str]": ": -p {0} '[one, two]', or {0}: [one, two] in a file"}.get(self.type, "")
+        bounds, said = f" ({self.allowed})" if self.allowed else "", repr(value)
+        return sae_utils.UserError(f"parameter {self.name} must be {names[self.type]}{bounds}, not {said[:100]}{'…' * (len(said) > 100)}{how.format(self.name)}.")
+
+    def _allows(self, value) -> bool:
+        choices = self.allowed.split(" | ") if self.allowed else []
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return not choices or (value in choices if isinstance(value, str) else any(within(value, choice) for choice in choices))
 
 
-def declared_params(notebook: str) -> dict[str, Param]:
-    """What the parameters cell of `notebooks/<notebook>.ipynb` declares, read from the file itself."""
-    cells = json.loads((sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+def within(number: float, choice: str) -> bool:
+    """Whether the number is one that "5", "from 5", "5 to 9" or "above 5 to 9" names."""
+    word, low, high = re.fullmatch(r"(from |above |)(\S+)(?: to (\S+))?", choice).groups()
+    highest = float(high) if high else math.inf if word else float(low)
+    return (number > float(low) if word == "above " else number >= float(low)) and number <= highest
+
+
+def read_int(text: str):
+    """The whole number; what reads in more than one way (010, 0x8, 12:30) stays text."""
+    return int(text) if len(text) < 100 and re.fullmatch(r"\s*[+-]?(0|[1-9]\d*(_\d+)*)\s*", text, re.ASCII) else text
+
+
+def read_float(text: str):
+    """The number; what is none, or is not 0 and too small for one, stays text."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return text if not value and re.search("[1-9]", text.lower().partition("e")[0]) else value
+
+
+READ = {"bool": lambda text: {"true": True, "false": False}.get(text.lower(), text), "int": read_int, "float": read_float}
+
+
+def declared_params(notebook: str, text: str = "") -> dict[str, Param]:
+    """What the parameters cell of `notebooks/<notebook>.ipynb` declares, read from the file itself, or from its `text`."""
+    cells = json.loads(text or (sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
     source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
     lines = source.splitlines()
     declared = {}
@@ -162,6 +192,25 @@ def safe_name(*parts: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(part for part in parts if part))
 
 
+def place_for(path: str | Path, kept: tuple = ()) -> Path:
+    """The folder `path`, where a notebook may write. UserError where it is a file's, or lies in this repository but not
+    under runs/, in one of those `kept` there for other things, in another run, or around other runs."""
+    folder, runs = sae_utils.resolve(path), sae_utils.resolve("runs")
+    shown, inside = sae_utils.show_path(folder), folder.is_relative_to(runs)
+    if folder == runs or any(folder.is_relative_to(sae_utils.resolve(runs / name)) for name in kept):
+        raise sae_utils.UserError(f"{shown} is kept for other things: choose another run name.")
+    if not inside and (folder.is_relative_to(sae_utils.ROOT) or sae_utils.ROOT.is_relative_to(folder)):
+        raise sae_utils.UserError(f"{shown} is part of this repository: runs lie under runs/, or elsewhere.")
+    above = [parent for parent in folder.parents if parent.is_relative_to(runs) or parent == folder.parent]
+    if around := next((parent for parent in above if (parent / "params.json").exists()), None):
+        raise sae_utils.UserError(f"{shown} lies in another run, {sae_utils.show_path(around)}: choose another run name.")
+    if within := next(folder.glob("*/params.json"), None):
+        raise sae_utils.UserError(f"{shown} holds other runs, such as {within.parent.name}: choose another run name.")
+    if file := next((part for part in (folder, *folder.parents) if part.exists() and not part.is_dir()), None):
+        raise sae_utils.UserError(f"{sae_utils.show_path(file)} is a file, and no folder for a run: choose another run name.")
+    return folder
+
+
 def run_folder(params: dict) -> tuple[Path, bool]:
     """The folder of a training run and whether that run is finished.
 
@@ -169,11 +218,12 @@ def run_folder(params: dict) -> tuple[Path, bool]:
     """
     suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "trained_sae", *FREE})
     name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", Path(params["trained_sae"]).name, suffix)
-    run_dir = sae_utils.resolve(params["run_dir"] or f"runs/{name}")
-    if run_dir in [sae_utils.resolve(f"runs/{taken}") for taken in ("", *KEPT)]:
-        raise sae_utils.UserError(f"{sae_utils.show_path(run_dir)} is kept for other things: choose another run name.")
+    run_dir = place_for(params["run_dir"] or f"runs/{name}", KEPT)
+    strange = [file.name for file in run_dir.iterdir() if not re.fullmatch(OURS, file.name)] if run_dir.is_dir() and not (run_dir / "params.json").exists() else []
+    if strange:
+        raise sae_utils.UserError(f"{sae_utils.show_path(run_dir)} holds {min(strange)} and no run: choose another run name.")
     refuse_other_params(run_dir / "params.json", params, "sae_training")
-    return run_dir, (run_dir / ".done").exists()
+    return run_dir, is_finished(run_dir)
 
 
 def cache_folder(run_dir: Path) -> Path:
@@ -185,21 +235,32 @@ def cache_folder(run_dir: Path) -> Path:
 def start_run(params: dict, **more):
     """Claims the folder of a training run and writes params.json there, with `more`.
 
-    Returns (folder, claim): the folder is this process's as long as `claim` lives. What an unfinished
-    run with the same parameters left is gone on with from its checkpoint, or started again. Raises
-    UserError where the run is finished, or where another process is at work on it.
+    Returns (folder, claim, finished): the folder is this process's as long as `claim` lives. What an unfinished
+    run with the same parameters left is gone on with from its checkpoint, or started again. Of a run that is finished
+    already, `finished` is its folder (else None), and the folder to write to one of this process's own (`again`).
+    UserError where another process is at work on it.
     """
     run_dir, finished = run_folder(params)
     if finished:
-        raise sae_utils.UserError(
-            f"{sae_utils.show_path(run_dir)} is finished: look at report.pdf there, or change a parameter to start another run."
-        )
+        return again(run_dir), None, run_dir
     claim = claim_folder(run_dir)
+    begin_again(run_dir)
     if not (run_dir / "checkpoint.pth").exists():
         for stale in run_dir.glob("events.out.tfevents.*"):  # its points would stand beside the new ones
             stale.unlink()
-        record_params(run_dir / "params.json", params, **more)
-    return run_dir, claim
+        record_params(run_dir / "params.json", params, **as_it_stands("sae_training"), **more)
+    return run_dir, claim, None
+
+
+def again(run_dir: Path) -> Path:
+    """A scratch folder for another look at a finished run, which goes when this process does: whatever a notebook writes goes
+    there, and nothing in the run's folder is touched. What saves time is copied."""
+    scratch = Path(tempfile.mkdtemp(prefix=f"{run_dir.name}-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    for name in ("params.json", "labels.csv", "fidelity.npz"):
+        if (run_dir / name).exists():
+            shutil.copy(run_dir / name, scratch)
+    return scratch
 
 
 def claim_folder(folder: Path):
@@ -224,9 +285,11 @@ def patch_folder(params: dict) -> tuple[Path, bool]:
     """
     run_dir = finished_run(params["run_dir"])
     name = params["name"] or differing(params, "patch_neurons", {"name", "run_dir", *FREE}) or "default"
-    folder = run_dir / "patches" / safe_name(name)
+    if not (name := safe_name(name).lstrip(".")):
+        raise sae_utils.UserError(f"name {params['name']!r} is no name of an experiment: letters, digits, '.', '-' and '_' will do.")
+    folder = sae_utils.resolve(run_dir / "patches" / name)
     refuse_other_params(folder / "params.json", params, "patch_neurons")
-    return folder, (folder / ".done").exists()
+    return folder, is_finished(folder)
 
 
 def start_patch(params: dict):
@@ -235,17 +298,84 @@ def start_patch(params: dict):
     if finished:
         raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is finished: look at patching.html there, or give this experiment another name.")
     claim = claim_folder(folder)
-    record_params(folder / "params.json", params)
+    begin_again(folder)
+    record_params(folder / "params.json", params, **as_it_stands("patch_neurons"))
     return folder, claim
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run or an experiment is finished: its .done is whole, and no file that this names is missing."""
+    try:
+        word, *files = (folder / ".done").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # none, an empty one of a full disk, or bytes
+        return False
+    return word == "finished" and all((folder / name).is_file() for name in files) and not any(folder.glob("*.running.ipynb"))
+
+
+def begin_again(folder: Path) -> None:
+    """Before a notebook writes into a folder that it has claimed: what says that it is finished goes, and what a killed process left."""
+    for name in (".done", ".made"):
+        (folder / name).unlink(missing_ok=True)
+    sae_utils.sweep_temporary(folder)
+
+
+def finish(folder: Path, notebook: str) -> None:
+    """A notebook's last word: the run in `folder` is finished. Where the launcher executes the notebook it is the launcher
+    that says so, once the executed copy is in its place, and this only notes what was made. In Jupyter the cells that were
+    executed are kept, in that order, so that a changed loop leaves its trace."""
+    launched = os.environ.get(LAUNCHED) == str(folder)
+    if not launched:
+        keep_cells(folder / f"{notebook}.ipynb")
+    made = [name for name in FILES if (folder / name).exists()]
+    with sae_utils.atomic(folder / (".made" if launched else ".done")) as temporary:
+        temporary.write_text("\n".join(["finished", *made, ""]), encoding="utf-8")
+    if not launched:
+        for file in (folder / "checkpoint.pth", *folder.glob("*.running.ipynb")):  # of a launcher that was killed
+            file.unlink(missing_ok=True)
+
+
+def keep_cells(path: Path) -> None:
+    """Writes what was executed in this kernel as a notebook; nothing outside of one."""
+    import nbformat
+    from IPython import get_ipython
+
+    if not (shell := get_ipython()):
+        return
+    cells = [nbformat.v4.new_code_cell(source, execution_count=n) for n, source in enumerate(shell.user_ns.get("In", [])) if source.strip()]
+    told = nbformat.v4.new_markdown_cell("Run in Jupyter. These are the cells in the order in which they were executed; their outputs were not kept.")
+    with sae_utils.atomic(path) as temporary:
+        nbformat.write(nbformat.v4.new_notebook(cells=[told, *cells]), temporary)
+
+
+def settle(folder: Path, executed: Path) -> bool:
+    """What is left to do after a notebook has noted what it made: the executed copy, if it is whole, into its place, and
+    last of all .done. Whether that could be done; it goes on where a process was killed in the middle of it."""
+    running = executed.with_suffix(".running.ipynb")
+    try:
+        made = (folder / ".made").read_text(encoding="utf-8")
+        about = json.loads((running if running.exists() else executed).read_text(encoding="utf-8"))["metadata"]["papermill"]
+        whole = about["end_time"] and not about["exception"] and all((folder / name).is_file() for name in made.split("\n")[1:-1])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    if not whole:
+        return False
+    if running.exists():
+        running.replace(executed)
+    executed.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+    (folder / "checkpoint.pth").unlink(missing_ok=True)
+    with sae_utils.atomic(folder / ".done") as temporary:
+        temporary.write_text(f"{made}{executed.name}\n", encoding="utf-8")
+    (folder / ".made").unlink()
+    return True
 
 
 def finished_run(run_dir: str) -> Path:
     """The folder of a finished training run. Raises UserError where there is none."""
     folder = sae_utils.resolve(run_dir) if run_dir else sae_utils.ROOT / "runs"
     if not run_dir or not folder.is_dir():
-        known = sorted(f.parent.name for f in (sae_utils.ROOT / "runs").glob("*/.done"))
+        known = sorted(f.parent.name for f in (sae_utils.ROOT / "runs").glob("*/.done") if is_finished(f.parent))
         raise sae_utils.UserError(f"there is no run {sae_utils.show_path(folder)}; finished runs: {', '.join(known) or 'none yet, try `make demo`'}.")
-    if not (folder / ".done").exists():
+    if not is_finished(folder):
         raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is not finished: train it with the same `make train` command first.")
     return folder
 
@@ -280,13 +410,38 @@ def refuse_other_params(file: Path, params: dict, notebook: str) -> None:
 def record_params(file: Path, params: dict, **more) -> None:
     """Writes params.json: the parameters as resolved, package versions, git commit."""
     packages = ("torch", "transformers", "datasets", "numpy", "papermill")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=sae_utils.ROOT, capture_output=True, text=True, check=False)
     sae_utils.write_json(file, {
         "parameters": params,
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
         **more,
     }, sealed=True)  # fmt: skip
+
+
+def git(*words: str) -> str | None:
+    """What git says of this checkout; None where there is none."""
+    try:
+        done = subprocess.run(["git", *words], cwd=sae_utils.ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def as_it_stands(notebook: str) -> dict:
+    """For params.json: a digest of the notebook's cells of code, and which files of the code are not as the commit has them."""
+    cells = json.loads((sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "notebooks", "sae_utils.py")
+    return {"notebook_digest": sae_utils.digest(code), "changed_since_commit": None if changed is None else [line[3:] for line in changed.splitlines()]}
+
+
+def edited_defaults(notebook: str) -> list[str]:
+    """A sentence, or none, on parameters whose default is not the commit's: an edit saved in Jupyter holds for make as well."""
+    if not (committed := git("show", f"HEAD:notebooks/{notebook}.ipynb")):
+        return []
+    before, now = declared_params(notebook, committed), declared_params(notebook)
+    edited = [f"{name} {p.default!r}" + (f", not {before[name].default!r}" if name in before else ", new") for name, p in now.items() if name not in before or p.default != before[name].default]
+    return [f"defaults in {notebook}.ipynb are not those of the commit: {'; '.join(edited)}."] if edited else []
 
 
 def compare_folder(params: dict) -> tuple[Path, bool]:
@@ -294,32 +449,16 @@ def compare_folder(params: dict) -> tuple[Path, bool]:
     root = sae_utils.resolve(params["runs_dir"])
     if not root.is_dir():
         raise sae_utils.UserError(f"there is no folder {sae_utils.show_path(root)} with runs in it.")
-    return root / "compare", False
+    return place_for(root / "compare"), False
 
 
 # Where a notebook's executed copy goes, and whether what it makes is finished already.
 FOLDERS = {
     "sae_training": run_folder,
     "patch_neurons": patch_folder,
-    "tiny_model": lambda params: (sae_utils.resolve(params["world_dir"]), False),
+    "tiny_model": lambda params: (place_for(params["world_dir"]), False),
     "compare_runs": compare_folder,
 }
-
-
-def given_params(notebook: Path, flags: list[str]) -> dict:
-    """The parameters as papermill itself reads them from its flags (-p, -f, -y, …)."""
-    import papermill.cli
-    import yaml  # papermill's own
-
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = Path(folder) / "prepared.ipynb"
-        # papermill only logs a name it does not know; check_params refuses it, so the log adds nothing
-        quiet = ["--prepare-only", "--no-progress-bar", "--log-level", "ERROR"]
-        try:
-            papermill.cli.papermill.main([*flags, *quiet, str(notebook), str(prepared)], standalone_mode=False)
-        except (OSError, yaml.YAMLError) as error:
-            raise sae_utils.UserError(f"the parameters cannot be read: {' '.join(str(error).split())}") from None
-        return json.loads(prepared.read_text())["metadata"]["papermill"]["parameters"]
 
 
 def launch(name: str, flags: list[str]) -> Path:
@@ -331,21 +470,45 @@ def launch(name: str, flags: list[str]) -> Path:
     import filelock
 
     source = sae_utils.ROOT / "notebooks" / f"{name}.ipynb"
-    params = check_params(name, given_params(source, flags))
+    params = check_params(name, typed.parameters(flags))
     folder, finished = FOLDERS[name](params)
+    for notice in edited_defaults(name):
+        print("Notice:", notice)
     if not finished:
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
         try:
             with lock.acquire(timeout=0):
-                finished = FOLDERS[name](params)[1]  # another process may have finished it just now
+                finished = FOLDERS[name](params)[1] or settle(folder, folder / source.name)  # by another process just now, or by one that was killed
                 if not finished:
-                    execute(source, folder, params)
+                    sae_utils.sweep_temporary(folder)
+                    before = {file.name for file in folder.iterdir()}
+                    try:
+                        execute(source, folder, params)
+                    except BaseException as error:
+                        if getattr(error, "ename", "") == "UserError":
+                            forget(folder, before, new)
+                        raise
                     return folder
         except filelock.Timeout:
             raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is being worked on by another process: wait for it.") from None
+        except OSError as error:  # a write that fails does not say where
+            error.filename = error.filename or str(folder)
+            raise
     print(f"{sae_utils.show_path(folder)} is finished: nothing to do.")
     return folder
+
+
+def forget(folder: Path, before: set[str], new: bool) -> None:
+    """After a mistake, where nothing was made yet: what the command put into the folder goes, and the folder where it is
+    `new`, so that the corrected command finds the name free. `before`: the names that stood there when it began."""
+    now = {file.name for file in folder.iterdir()}
+    if now - before <= {*(name for name in now if name.endswith(".failed.ipynb")), "params.json", ".lock", ".claim"}:
+        for name in now if new else now - before:
+            (folder / name).unlink()
+        if new:
+            folder.rmdir()
 
 
 def execute(source: Path, folder: Path, params: dict) -> None:
@@ -354,19 +517,23 @@ def execute(source: Path, folder: Path, params: dict) -> None:
 
     executed = folder / source.name
     running, failed = executed.with_suffix(".running.ipynb"), executed.with_suffix(".failed.ipynb")
+    literal = lambda path: str(path).replace("{", "{{").replace("}", "}}")  # papermill puts parameters into paths
+    os.environ[LAUNCHED] = str(folder)
     try:
         papermill.execute_notebook(
-            str(source), str(running), params, kernel_name="python3", cwd=str(source.parent), progress_bar=False, log_output=True
+            literal(source), literal(running), params, kernel_name="python3", cwd=str(source.parent), progress_bar=False, log_output=True
         )
-    except BaseException as error:
-        if running.exists():
+    except BaseException:
+        with contextlib.suppress(OSError):
             running.replace(failed)
-        mistake = getattr(error, "ename", "") == "UserError"
-        if mistake and {file.name for file in folder.iterdir()} <= {failed.name, "params.json", ".lock", ".claim"}:
-            shutil.rmtree(folder)  # nothing was made yet: the corrected command finds the name free
         raise
-    running.replace(executed)
-    failed.unlink(missing_ok=True)
+    finally:
+        del os.environ[LAUNCHED]
+    if not (folder / ".made").exists():  # a notebook that is made anew each time
+        running.replace(executed)
+        failed.unlink(missing_ok=True)
+    elif not settle(folder, executed):
+        raise RuntimeError(f"{running} was executed, and is not whole")
 
 
 def harvest_layers(layers: str, flags: list[str]) -> None:
@@ -376,7 +543,7 @@ def harvest_layers(layers: str, flags: list[str]) -> None:
     """
     import harvest
 
-    params = check_params("sae_training", given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags))
+    params = check_params("sae_training", typed.parameters(flags))
     layer = declared_params("sae_training")["layer"]
     hooks, mistakes = [], []
     for word in layers.replace(",", " ").split():
@@ -407,7 +574,7 @@ def as_text_of(sae: sae_utils.SAE) -> sae_utils.TokenText:
     name, revision = sae.config["model_name"], sae.config["model_revision"]
     sae_utils.use_hf_token()
     with sae_utils.hub_errors("model", name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None, trust_remote_code=False)
     return sae_utils.TokenText(tokenizer)
 
 
@@ -419,37 +586,70 @@ def relabel(run_dir: str) -> Path:
     sae, labels = sae_utils.SAE.load(folder / "sae.pth"), features.read_labels(folder / "labels.csv")
     for latent in labels:
         sae_utils.check_latent(latent, sae.d_sae)
-    kept, page = features.read(folder), folder / "features.html"
-    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text_of(sae), labels)
+    kept, page, as_text = features.read(folder), folder / "features.html", as_text_of(sae)
+    features.write_page(page, features.title_of(sae), kept, sae.density, sae.max_act, as_text, labels, features.about_run(folder, as_text))
     print(f"{sae_utils.show_path(page)}: {len(labels)} of {int((sae.density > 0).sum()):,} latents have a name")
+    return page
+
+
+def look(run_dir: str, text: str) -> Path:
+    """Which latents of a finished run fire on each token of a text: printed, and as a page that leads into the run's features.html."""
+    import features
+    import harvest
+    import looking
+
+    folder = finished_run(run_dir)
+    sae, kept, names = sae_utils.SAE.load(folder / "sae.pth"), features.read(folder), features.read_labels(folder / "labels.csv")
+    config = sae.config
+    if harvest.model_fingerprint(config["model_name"], config["model_revision"]) != config["model_fingerprint"]:
+        raise sae_utils.UserError(f"{config['model_name']} is no longer the model this SAE was trained on: train it again.")
+    model, tokenizer = sae_utils.load_model(config["model_name"], config["model_revision"], sae_utils.pick_device(), config["dtype"])
+    found = looking.look(model, tokenizer, config["hook_name"], sae.to(model.device), text, kept, names)
+    page = folder / "looks" / f"{safe_name(text.strip()[:40])}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:6]}.html"
+    looking.write_page(page, f"What fires on a sentence: {folder.name}", text, found, "../features.html")
+    print(looking.as_lines(found))
+    print(sae_utils.show_path(page))
     return page
 
 
 def judge(source: str, flags: list[str], look_again: bool = True) -> Path:
     """`launch` of sae_training on an SAE that is trained already: where the flags do not say which model and layer, the
-    ones it was made for. Without `look_again` a finished look at this SAE in the same folder is enough, however large."""
+    ones it was made for; where they name no run, one named after it. Without `look_again` a finished look at this SAE in
+    the same folder is enough, however large."""
     import formats
 
     there = sae_utils.resolve(source)
     source = sae_utils.show_path(there) if there.exists() else source  # however its path was written
-    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
-    if not look_again and (folder := sae_utils.resolve(given["run_dir"])).joinpath(".done").exists():
-        if recorded_params(folder / "params.json", "sae_training")["trained_sae"] == source:
-            return folder
-    made_for = formats.load(source, str(given.get("hook", "")).format(layer=given.get("layer", "")), another_hook=True).config
-    found = []
+    given = typed.parameters(flags)
+    named = there.name if Path(source).is_absolute() else source.removeprefix("runs/").replace("/", "-")
+    folder = given.get("run_dir") or f"runs/{safe_name('look', named)}"
+    if not look_again and is_finished(sae_utils.resolve(folder)):
+        if recorded_params(sae_utils.resolve(folder) / "params.json", "sae_training")["trained_sae"] == source:
+            return sae_utils.resolve(folder)
+    hook = str(given.get("hook", "")).replace("{layer}", str(given.get("layer", "")))
+    made_for = formats.load(source, hook, another_hook=True).config
+    found = ["-p", "trained_sae", source, "-p", "run_dir", str(folder)]
     for name in {"model_name", "layer"} - {*given}:
         if made_for[name] in ("", None):
             raise sae_utils.UserError(f"{source} does not say which {name.removesuffix('_name')} it was made for: name it with {name.removesuffix('_name').upper()}=.")
         found += ["-p", name, str(made_for[name])]
-    return launch("sae_training", ["-p", "trained_sae", source, *found, *flags])
+    return launch("sae_training", [*found, *flags])
+
+
+def patch_elsewhere(source: str, flags: list[str]) -> Path:
+    """`launch` of patch_neurons on an SAE from elsewhere, which is looked at first where that was not done yet: the flags
+    before "--" are for the look, those behind it for the experiment, and checked before the look begins."""
+    cut = flags.index("--")
+    look, own = flags[:cut], flags[cut + 1 :]
+    check_params("patch_neurons", typed.parameters(own))
+    return launch("patch_neurons", [*own, "-p", "run_dir", str(judge(source, look, look_again=False))])
 
 
 def check_model(flags: list[str]) -> None:
     """Tries whether a model will do for a training run with these flags: a line for each check. UserError where one fails."""
     import checking
 
-    given = given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
+    given = typed.parameters(flags)
     if "layer" not in given:
         raise sae_utils.UserError("say which layer: make check MODEL=id-or-folder LAYER=n.")
     checking.check(check_params("sae_training", given))
@@ -513,9 +713,9 @@ def sweep_table(file: str) -> None:
 JOBS = {  # what a first word that is no notebook does
     "activations": lambda layers, *flags: harvest_layers(layers, [*flags]),  # LAYERS: their rows, in one pass
     "labels": relabel,  # RUN: its features.html anew
+    "look": look,  # RUN TEXT: which latents fire on it
     "features": lambda source, *flags: judge(source, [*flags]),  # SAE: looked at as our own is
-    "looked": lambda source, *flags: judge(source, [*flags], look_again=False),  # SAE: the same, where that was not done yet
-    "params": lambda notebook, *flags: check_params(notebook, given_params(sae_utils.ROOT / "notebooks" / f"{notebook}.ipynb", [*flags])),  # NOTEBOOK: whether its parameters are right
+    "patch": lambda source, *flags: patch_elsewhere(source, [*flags]),  # SAE, flags of its look, --, flags of the experiment
     "check": lambda *flags: check_model([*flags]),  # whether a model will do
     "export": export,  # RUN FORMAT [FOLDER]: its SAE for other tools
     "runs": list_runs,  # [PATTERNS]: a table of them
@@ -535,29 +735,56 @@ def readable(record: logging.LogRecord) -> bool:
     return bool(record.msg) and not record.msg.startswith(noise) and not re.fullmatch(shown, record.msg)
 
 
-def main(args: list[str]) -> int:
-    """0 when all went well; 2 for a mistake the user can mend, told in one sentence; 130 interrupted; else 1."""
-    import click
+def told(error: BaseException) -> tuple[str, int]:
+    """What is said of an error, and what the program ends with: 2 for a mistake the user can mend, one sentence; 1 for what
+    the machine did, one sentence too; 130 interrupted; "" for whatever is to be shown whole."""
+    import nbclient
     import papermill
 
+    again = "the same command goes on from the last checkpoint; what was harvested is kept."
+    said, number = str(error), error.errno if isinstance(error, OSError) else None
+    if isinstance(error, papermill.PapermillExecutionError):
+        said, found = error.evalue, re.match(r"\[Errno (\d+)\]", error.evalue)
+        number = int(found[1]) if found else None
+    if isinstance(error, sae_utils.UserError) or getattr(error, "ename", "") == "UserError":
+        return f"Error: {said}".replace("\n", " "), 2
+    if number in MACHINE:
+        return f"Error: {said.partition('] ')[2]}: {MACHINE[number]}; then {again}", 1
+    if isinstance(error, KeyboardInterrupt):
+        return f"Interrupted: {again}", 130
+    if isinstance(error, nbclient.exceptions.DeadKernelError) or isinstance(error, RuntimeError) and "Kernel died" in said:
+        return f"Error: the notebook's process was killed, most often for want of memory: {again}", 1
+    return "", 1
+
+
+MACHINE = {  # what to do about what a system says
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "take another disk", errno.EROFS: "write elsewhere, or make it writable",
+    errno.EACCES: "write elsewhere, or ask for the right to", errno.EPERM: "write elsewhere, or ask for the right to", errno.EIO: "look at the disk",
+    errno.ENAMETOOLONG: "take a shorter name", errno.ENOTDIR: "take another name", errno.EEXIST: "take another name",
+}  # fmt: skip
+
+
+def main(args: list[str]) -> int:
+    """Does what the words ask for. Returns 0 when all went well, or what `told` says of what happened."""
+    import papermill
+
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold bytes that are no UTF-8
+        stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
     logging.getLogger("papermill").addFilter(readable)
     try:
-        job, words = JOBS.get(args[0]), args[1:]
-        job(*words) if job else launch(args[0], words)
-    except sae_utils.UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    except click.ClickException as error:
-        print(f"Error: papermill flags: {error.format_message()}", file=sys.stderr)
-        return 2
-    except papermill.PapermillExecutionError as error:
-        mistake = error.ename == "UserError"
-        print(f"Error: {error.evalue}" if mistake else "\n".join(error.traceback), file=sys.stderr)
-        return 2 if mistake else 1
-    except KeyboardInterrupt:
-        print("Interrupted: the same command goes on from the last checkpoint; what was harvested is kept.", file=sys.stderr)
-        return 130
+        name, words = (args or [""])[0], args[1:]
+        if name not in FOLDERS and name not in JOBS:
+            raise sae_utils.UserError(f"{name!r} is no job: there are {', '.join([*FOLDERS, *JOBS])}.")
+        JOBS[name](*words) if name in JOBS else launch(name, words)
+    except BaseException as error:
+        said, code = told(error)
+        if not said and isinstance(error, papermill.PapermillExecutionError):
+            said = "\n".join(error.traceback)
+        if not said:
+            raise
+        print(said, file=sys.stderr)
+        return code
     return 0
 
 

@@ -62,7 +62,8 @@ def through_centres(centres: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def membership(centres: Tensor, x: Tensor) -> Tensor:
     """(…, k) 1.0 at the nearest of `centres` (k, d_in), else 0.0: clusters in the form of acts."""
-    return torch.nn.functional.one_hot(nearest(centres, x), len(centres)).float()
+    own = nearest(centres, x)[..., None]
+    return torch.zeros(*own.shape[:-1], len(centres), device=x.device).scatter_(-1, own, 1.0)
 
 
 @torch.no_grad()
@@ -134,7 +135,8 @@ def watch_and_judge(held_out: Tensor, document, share: float = 0.1, seed: int = 
 
     `document` (n,) is the document of each. A seeded draw of about `share` of the held-out documents, at least
     one and never all, is watched while training goes on and may end it; the figures come from the others, which
-    had no say. Where one document is all there is, it does both, and `apart` is False: that is to be told.
+    had no say. `seed` is not that of the run, since runs of several seeds are compared on the same text. Where one
+    document is all there is, it does both, and `apart` is False: that is to be told.
     """
     document = torch.as_tensor(document)
     documents = document[held_out].unique()
@@ -146,9 +148,9 @@ def watch_and_judge(held_out: Tensor, document, share: float = 0.1, seed: int = 
     return watched, held_out & ~watched, True
 
 
-def drawn(windows: Tensor, seed: int) -> Tensor:
+def drawn(windows: Tensor, seed: int = 0) -> Tensor:
     """The numbers of the marked windows (n,), boolean, in a seeded random order: however many are taken from its
-    beginning, they come from all documents alike."""
+    beginning, they come from all documents alike. As in `watch_and_judge`, `seed` is not the run's."""
     found = windows.nonzero().flatten()
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
 

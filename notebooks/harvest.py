@@ -17,6 +17,7 @@ import json
 import math
 import random
 import re
+import shlex
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,9 @@ from sae_utils import (
     with_bos, write_json,
 )  # fmt: skip
 
-STORE_VERSION = 3
+STORE_VERSION = 4
+SPLIT_SEED = 0  # of the choice of held-out documents: no parameter, so that runs of other seeds are judged on the same text
+SPLIT = 2  # how that choice is made, as an SAE's file says it (before there was a word of it: every tenth document)
 
 # ---------------------------------------------------------------------------------------------
 # Text: documents
@@ -170,7 +173,7 @@ def read_jsonl(file: Path, column: str = ""):
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            where, instead = f"{show_path(file)}, line {number}", f"; mend that line, or leave it out: sed {number}d '{show_path(file)}' > mended.jsonl"
+            where, instead = f"{show_path(file)}, line {number}", f"; mend that line, or leave it out: sed {number}d {shlex.quote(show_path(file))} > mended.jsonl"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
@@ -296,6 +299,24 @@ def encode_documents(tokenizer, documents: list, chat: bool) -> list[list[int]]:
     return encoded
 
 
+def text_digest(document) -> int:
+    """64 bits that two documents share where they are equal but for white space at their ends."""
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "little")
+
+
+def encode_beginnings(tokenizer, documents: list, chat: bool, n_rows: int):
+    """Yields (document, ids) as `encode_documents` does, but of a document far longer than `n_rows` rows only a beginning that
+    certainly gives as many: with 2,000 rows wanted, 10 MB are not read to their end."""
+    most, special = 32 * n_rows + 4096, special_ids(tokenizer)  # characters; a token has 2 to 6 of them, as a rule
+    short = [document[:most] if not chat and len(document) > most else document for document in documents]
+    for document, beginning, ids in zip(documents, short, encode_documents(tokenizer, short, chat), strict=True):
+        if len(beginning) < len(document):  # no row: special tokens, the first of each window without BOS, those near the cut, which may be others in the whole
+            certain = int((~np.isin(ids, special)).sum()) - len(ids) // 4 - 64
+            ids = ids if certain > n_rows else encode_documents(tokenizer, [document], chat)[0]
+        yield document, ids
+
+
 def cut_windows(tokenizer, documents, seq_len: int, n_rows: int, chat: bool = False) -> tuple[dict, dict]:
     """Cuts whole documents into windows of `seq_len` tokens, BOS in front of each, until `n_rows` rows.
 
@@ -304,16 +325,17 @@ def cut_windows(tokenizer, documents, seq_len: int, n_rows: int, chat: bool = Fa
     what is left, and the shortest one kept holds one row.
 
     Returns (tokens, counts). tokens: flat (tokens,) and starts (windows + 1,) as in `Windows`,
-    window_document (windows,), and for each row token_ids, window, position (N,). counts: what was
-    used and what was left out, by reason.
+    window_document (windows,), first_equal (documents,), the number of the first document with the same text (but for
+    white space at its ends), and for each row token_ids, window, position (N,). counts: what was
+    used and what was left out, by reason. UserError where there is no row.
     """
     bos = tokenizer.bos_token_id
     step = seq_len - (bos is not None)
     special = np.asarray(special_ids(tokenizer))
-    windows, owners, rows, number, skipped, short = [], [], 0, 0, 0, 0
+    windows, owners, digests, rows, skipped, short = [], [], [], 0, 0, 0
     documents = iter(documents)
     while rows < n_rows and (batch := list(itertools.islice(documents, 256))):
-        for ids in encode_documents(tokenizer, batch, chat):
+        for document, ids in encode_beginnings(tokenizer, batch, chat, n_rows - rows):
             is_text = ~np.isin(ids, special)
             if not is_text.any():
                 skipped += 1
@@ -327,24 +349,28 @@ def cut_windows(tokenizer, documents, seq_len: int, n_rows: int, chat: bool = Fa
                     short += 1
                     continue
                 windows.append(np.asarray(with_bos(tokenizer, ids[start : start + step]), np.int32))
-                owners.append(number)
+                owners.append(len(digests))
                 rows += n
-            number += len(windows) > before
+            if len(windows) > before:
+                digests.append(text_digest(document))
             if rows >= n_rows:
                 break
+    if rows == 0 and short:
+        raise UserError("no document has text after its first token, which gives no row where the tokenizer has no BOS: join the documents into longer ones.")
     if rows == 0:
         raise UserError("the text holds no token that is not a special one: there is nothing to train on.")
+    _, first, inverse = np.unique(np.asarray(digests, np.uint64), return_index=True, return_inverse=True)
     flat, lengths = np.concatenate(windows), np.asarray([len(window) for window in windows])
     starts = np.concatenate([[0], lengths.cumsum()])
     window = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(flat)) - starts[window]
     text = ~np.isin(flat, special)
     kept = (text & ((position > 0) | (bos is not None))).nonzero()[0][:n_rows]
-    tokens = {"flat": flat, "starts": starts, "window_document": np.asarray(owners, np.int32)}
+    tokens = {"flat": flat, "starts": starts, "window_document": np.asarray(owners, np.int32), "first_equal": first[inverse].astype(np.int32)}
     tokens |= {"token_ids": flat[kept], "window": window[kept].astype(np.int32), "position": position[kept].astype(np.int32)}
     seen = slice(0, kept[-1] + 1)
     counts = {
-        "rows": len(kept), "windows": len(lengths), "documents": owners[-1] + 1, "tokens": len(flat),
+        "rows": len(kept), "windows": len(lengths), "documents": len(digests), "different_documents": len(first), "tokens": len(flat),
         "bos_tokens": len(lengths) if bos is not None else 0,
         "special_tokens": int((~text[seen]).sum()) - (len(lengths) if bos is not None else 0),
         "first_tokens": int((text[seen] & (position[seen] == 0)).sum()) if bos is None else 0,
@@ -353,28 +379,37 @@ def cut_windows(tokenizer, documents, seq_len: int, n_rows: int, chat: bool = Fa
     return tokens, counts
 
 
-def held_out_documents(n_documents: int, fraction: float) -> list[bool]:
-    """Which documents are held out: an even spread of about `fraction`, at least one, never all."""
-    chosen = [math.floor((i + 1) * fraction) > math.floor(i * fraction) for i in range(n_documents)]
-    if n_documents > 1 and not any(chosen):
-        chosen[-1] = True
-    return chosen
+def held_out_documents(n_documents: int, fraction: float, seed: int = SPLIT_SEED) -> list[bool]:
+    """Which documents are held out: one of each 1 / `fraction` that follow one another, drawn at random; of the first ones it is
+    one of the first two, so that of two documents and more there is always one on either side.
 
-
-def split_windows(window_document, fraction: float) -> tuple[Tensor, Tensor]:
-    """(train, held_out), boolean masks over windows; a document's windows are all in one of them.
-
-    A single document is split in two contiguous blocks with a window between them in neither.
+    What is drawn for a document hangs on its number and the seed alone, so documents that are added at the end move none across.
     """
-    owners = torch.as_tensor(window_document)
-    n_documents = int(owners.max()) + 1
-    if n_documents > 1:
-        held_out = torch.tensor(held_out_documents(n_documents, fraction))[owners]
+    chosen, draw, first = set(), random.Random(seed), 0
+    for block in itertools.count(1):
+        last = round(block / fraction)
+        chosen.add(first + int(draw.random() * (last - first if first else 2)))  # random() is the same in every version of Python
+        if last >= n_documents:
+            return [number in chosen and n_documents > 1 for number in range(n_documents)]
+        first = last
+
+
+def split_windows(window_document, fraction: float, seed: int = SPLIT_SEED) -> tuple[Tensor, Tensor]:
+    """(train, held_out), boolean masks over windows; a document's windows are all in one of them, and those of documents that
+    are equal too, where they have one number (`Rows.window_document`).
+
+    The documents are a random choice (`held_out_documents`), since every tenth may be from one source alone. Its seed is
+    not that of the run: runs of several seeds are compared on the same text. A single document is split in two
+    contiguous blocks with a window between them in neither. UserError where it is too short for that.
+    """
+    documents, number = torch.as_tensor(window_document).unique(return_inverse=True)
+    if len(documents) > 1:
+        held_out = torch.tensor(held_out_documents(len(documents), fraction, seed))[number]
         return ~held_out, held_out
-    first = len(owners) - max(1, round(len(owners) * fraction))
-    index = torch.arange(len(owners))
+    first = len(number) - max(1, round(len(number) * fraction))
+    index = torch.arange(len(number))
     if first < 2:
-        raise UserError(f"the text fills only {len(owners)} windows: too few to train on some and hold others out.")
+        raise UserError(f"the text fills only {len(number)} windows: too few to train on some and hold others out.")
     return index < first - 1, index >= first
 
 
@@ -434,8 +469,8 @@ def tokenizer_digest(tokenizer, chat: bool) -> str:
 
 
 def as_loaded(params: dict, model, tokenizer, text: Text) -> dict:
-    """The parameters with what they came to: the model's commit and precision, and digests of the
-    model, the tokenizer and the text."""
+    """The parameters with what they came to: the model's commit and precision, digests of the
+    model, the tokenizer and the text, and how the text is split."""
     commit = model_commit(params["model_name"], params["model_revision"])
     if params["chat"] and not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {params['model_name']} has no chat template: use an instruct model, or chat false.")
@@ -445,6 +480,7 @@ def as_loaded(params: dict, model, tokenizer, text: Text) -> dict:
         "model_fingerprint": model_fingerprint(params["model_name"], commit),
         "tokenizer_fingerprint": tokenizer_digest(tokenizer, params["chat"]),
         "dataset_fingerprint": text.fingerprint,
+        "split": SPLIT,
     }
 
 
@@ -469,7 +505,8 @@ class Rows:
     window: Tensor  # (N,) index into `windows`
     position: Tensor  # (N,) position in the window, BOS being 0
     windows: Windows  # token ids of each window, BOS included
-    window_document: Tensor  # document number of each window
+    window_document: Tensor  # (windows,) document number; documents that are equal have one, the first's, and count as one
+    window_place: Tensor  # (windows,) the same with a number for each document, in the order of the text
     finite: Tensor  # (N,) boolean: rows with inf or NaN are False
     manifest: dict
     folder: Path
@@ -539,7 +576,8 @@ def open_rows(folder: Path, non_finite: str = "refuse") -> Rows:
     if bad and non_finite != "drop":
         where = f"row {bad[0]}, token {columns[0][bad[0]]} at position {columns[2][bad[0]]} of window {columns[1][bad[0]]}"
         raise UserError(f"{show_path(folder)} holds {len(bad)} rows with inf or NaN (the first: {where}); non_finite drop goes on without them.")
-    return Rows(rows, *columns, windows, torch.from_numpy(arrays["window_document"]).long(), finite, manifest, folder)
+    place = torch.from_numpy(arrays["window_document"]).long()
+    return Rows(rows, *columns, windows, torch.from_numpy(arrays["first_equal"]).long()[place], place, finite, manifest, folder)
 
 
 def is_stored(loaded: dict, hook_name: str, cache: Path) -> bool:
@@ -602,6 +640,8 @@ def fill(model, tokenizer, hook_names: list[str], loaded: dict, cache: Path, ann
             stores = [Partial(hook, folder, keys[hook], model.device.type) for hook, folder in lacking.items()]
             begun = [(tokens, store.manifest["counts"]) for store in stores if (tokens := store.left_over())]
             cut = begun[0] if begun else cut_windows(tokenizer, text, loaded["seq_len"], loaded["n_activations"], loaded["chat"])
+            if cut[1]["documents"] > 1 == cut[1]["different_documents"]:
+                raise UserError(f"the text is one document, {cut[1]['documents']:,} times: no part of it could be held out; give other text, or that document once.")
             harvest(model, tokenizer, stores, *cut, loaded, announce, **sizes)
     return folders
 
@@ -777,9 +817,10 @@ def harvest(
 
 def card(plan: dict) -> str:
     """What a harvest is about to do, in a few lines."""
+    different = f", {plan['different_documents']:,} of them different" if plan["different_documents"] < plan["documents"] else ""
     left_out = {name: plan[name] for name in ("special_tokens", "first_tokens", "documents_without_text", "windows_without_text")}
     lines = [
-        f"{plan['rows']:,} rows from {plan['windows']:,} windows ({plan['tokens']:,} tokens) of {plan['documents']:,} documents, at {', '.join(plan['hooks'])}",
+        f"{plan['rows']:,} rows from {plan['windows']:,} windows ({plan['tokens']:,} tokens) of {plan['documents']:,} documents{different}, at {', '.join(plan['hooks'])}",
         "left out: " + ", ".join([f"BOS of each of {plan['bos_tokens']:,} windows"] * (plan["bos_tokens"] > 0) + [f"{n:,} {name.replace('_', ' ')}" for name, n in left_out.items() if n]),
         f"{plan['tokens_per_second']:,.0f} tokens/s in a short probe: about {duration(plan['seconds'])}",
         f"{in_bytes(plan['bytes'])} to write, {in_bytes(plan['free_bytes'])} free",

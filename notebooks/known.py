@@ -25,7 +25,7 @@ def read(folder: Path, rows, index: Tensor, as_text=None) -> tuple[list[dict], T
     """
     described = json.loads((folder / "variables.json").read_text())
     columns = np.load(folder / "variables.npz")
-    owners = np.asarray(rows.window_document)
+    owners = np.asarray(rows.window_place)
     lengths = np.diff(rows.windows.starts) - 1  # without BOS
     begun = lengths.cumsum() - lengths
     before = begun - begun[np.searchsorted(owners, owners)]  # words in earlier windows of the same document

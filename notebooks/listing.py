@@ -27,7 +27,7 @@ FIGURES = ("fvu", "l0", "dead", "ce_clean", "ce_spliced")  # every run has these
 YARDSTICKS = ("pca", "kmeans", "untrained")
 # What two runs must share to be judged on the same rows, beside the hook and the number of rows; from an SAE's config.
 SAME = ("model_fingerprint", "tokenizer_fingerprint", "dataset_fingerprint", "text_column", "chat", "seq_len")
-SAME += ("held_out_fraction", "activation_dtype", "dtype", "non_finite")
+SAME += ("held_out_fraction", "split", "activation_dtype", "dtype", "non_finite")
 # Parameters that say which rows and how much is measured, and no more: no part of the settings of an SAE.
 ROWS = {"model_name", "model_revision", "hook", "layer", "dataset_name", "dataset_revision", "dataset_config", "dataset_split"}
 ROWS |= {"text_column", "n_activations", "chat", "seq_len", "held_out_fraction", "activation_dtype", "dtype", "non_finite"}
@@ -94,7 +94,7 @@ def active(params: dict) -> dict:
 def read_run(folder: Path, whole: bool = True) -> Run:
     """The run in `folder`; with `whole` its SAE is opened too, and held against the figures."""
     failed, running = (folder / f"{NOTEBOOK}.{word}.ipynb" for word in ("failed", "running"))
-    state = "finished" if (folder / ".done").exists() else "failed" if failed.exists() and not running.exists() else "unfinished"
+    state = "finished" if experiment.is_finished(folder) else "failed" if failed.exists() and not running.exists() else "unfinished"
     if state == "failed" and why_failed(failed).startswith("KeyboardInterrupt"):
         state = "unfinished"  # somebody stopped it
     run = Run(folder.name, folder, state)
@@ -224,7 +224,8 @@ def remove(root: Path, name: str, yes: bool = False) -> bool:
                     return False
             except EOFError:  # Ctrl-D
                 return False
-            going = root / f".{name}.{os.getpid()}.removed"  # at once: what is stopped half-way is no run that looks whole
+            sae_utils.sweep_temporary(root)
+            going = root / f".{name}.{os.getpid()}.tmp"  # at once: what is stopped half-way is no run that looks whole
             shutil.rmtree(folder.rename(going))
             return True
     except filelock.Timeout:

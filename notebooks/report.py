@@ -2,13 +2,16 @@
 
 A figure is a function of a `fig` and the data it shows, so that the same drawing serves the notebook,
 TensorBoard, a page of report.pdf and overview.png. `Report` is the pages: running text, tables and
-contexts that flow from one to the next. Fonts are embedded; a character that matplotlib's font lacks
-(Chinese, emoji) is shown as □, and the pages of latents say so.
+contexts that flow from one to the next. Fonts are embedded; a character that matplotlib's own font lacks
+is drawn in any installed one that has it, and as □ where none has: the last page says of which scripts.
 """
 
 import csv
 import html
+import json
 import textwrap
+import time
+import unicodedata
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -63,9 +66,31 @@ def drawable() -> set[int]:
     return set.intersection(*(set(FT2Font(file).get_charmap()) for file in files))
 
 
+@cache
+def installed() -> dict[int, str]:
+    """{character: the first installed font that has it}. What is no outline (colour emoji) or draws a box for everything is left out."""
+    fonts = {}
+    for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: (entry.name, entry.fname)):
+        if entry.style == "normal" and entry.weight in (400, "normal", "regular") and not any(word in entry.name for word in ("Last Resort", "Color", "Blank")):
+            for character in FT2Font(entry.fname).get_charmap():
+                fonts.setdefault(character, entry.name)
+    return fonts
+
+
 def plain(text: str) -> str:
     """Text as it can be drawn: one character for each, no formula, no control character."""
-    return "".join("·" if not c.isprintable() else c if ord(c) in drawable() else "□" for c in text)
+    has = lambda c: ord(c) in drawable() or ord(c) in installed()
+    return "".join("·" if not c.isprintable() else c if has(c) else "□" for c in text)
+
+
+def fonts_for(text: str, first: str = "DejaVu Sans") -> list[str]:
+    """`first`, and the other fonts that `text` needs."""
+    return [first, *dict.fromkeys(installed()[ord(c)] for c in text if ord(c) not in drawable() and ord(c) in installed())]
+
+
+def columns(text: str) -> int:
+    """How many characters' width a text takes in a font of fixed width; Chinese and its like take two each."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 class Report:
@@ -73,6 +98,7 @@ class Report:
 
     def __init__(self, pdf: PdfPages, running_title: str):
         self.pdf, self.running_title, self.number, self.fig = pdf, running_title, 0, None
+        self.not_drawn = set()  # characters for which □ stands
 
     def page(self) -> None:
         """Ends this page and begins another."""
@@ -82,7 +108,7 @@ class Report:
     def end(self) -> None:
         if self.fig:
             self.number += 1
-            self.fig.text(0.5, 0.4 / A4[1], f"{self.running_title}   ·   {self.number}", size=7, color="0.4", ha="center", parse_math=False)
+            self.fig.text(0.5, 0.4 / A4[1], f"{self.running_title}   ·   {self.number}", size=7, color="0.4", ha="center", parse_math=False, family=fonts_for(self.running_title))
             self.pdf.savefig(self.fig, dpi=150)
             plt.close(self.fig)
         self.fig = None
@@ -92,8 +118,10 @@ class Report:
         if not self.fig or self.y - inches < BOTTOM:
             self.page()
 
-    def put(self, x: float, text: str, **style) -> None:
-        self.fig.text((LEFT + x) / A4[0], self.y / A4[1], plain(text), va="top", parse_math=False, **style)
+    def put(self, x: float, text: str, family: str = "DejaVu Sans", **style) -> None:
+        shown = plain(text)
+        self.not_drawn |= {c for c, drawn in zip(text, shown, strict=True) if drawn == "□" != c}
+        self.fig.text((LEFT + x) / A4[0], self.y / A4[1], shown, va="top", parse_math=False, family=fonts_for(shown, family), **style)
 
     def line(self, text: str, size: float = 9, x: float = 0.0, gap: float = 1.5, **style) -> None:
         self.room(gap * size / 72)
@@ -108,7 +136,7 @@ class Report:
 
     def paragraph(self, text: str, size: float = 9, x: float = 0.0, **style) -> None:
         width = int((A4[0] - LEFT - RIGHT - x) * 72 / (0.53 * size))  # of the average character of DejaVu Sans, and a little more
-        for line in textwrap.wrap(text, width) or [""]:
+        for line in textwrap.wrap(text, width * len(text) // max(1, columns(text))) or [""]:
             self.line(line, size=size, x=x, **style)
         self.y -= 0.3 * size / 72
 
@@ -134,32 +162,42 @@ class Report:
             draw(cells, **({"weight": "bold"} if cells is headings else {}))
         self.y -= step
 
-    def tokens(self, value: str, pieces: list[str], shades: list[float], centre: int, size: float = 7, x: float = 0.0) -> None:
-        """One context on one line: its tokens in boxes with a background of `shades` (0 to 1), the one at `centre` framed,
-        spaces marked by a pale dot."""
-        self.room(1.6 * size / 72)
-        advance = MONO * size / 72
+    def tokens(self, pieces: list[str], acts: list[float], highest: float, centre: int, size: float = 7, x: float = 0.0) -> None:
+        """One context on one line: the activation at `centre`, then its tokens in boxes, shaded by activation over `highest`, the one
+        at `centre` framed. Below a token stands its own activation, where it is active and wide enough; spaces are pale dots."""
+        self.room(2.1 * size / 72)
+        advance, value = MONO * size / 72, f"{acts[centre]:.2f}"
         most = int((A4[0] - LEFT - RIGHT - x) / advance) - 6
-        pieces = [plain(sae_utils.visible(piece)) for piece in pieces]
-        while len(pieces) > 1 and sum(map(len, pieces)) > most:  # shorten where more stands, the centre last
-            if centre > 0 and sum(map(len, pieces[:centre])) >= sum(map(len, pieces[centre + 1 :])):
-                pieces, shades, centre = pieces[1:], shades[1:], centre - 1
+        pieces = [sae_utils.visible(piece) for piece in pieces]
+        while len(pieces) > 1 and sum(map(columns, pieces)) > most:  # shorten where more stands, the centre last
+            if centre > 0 and sum(map(columns, pieces[:centre])) >= sum(map(columns, pieces[centre + 1 :])):
+                pieces, acts, centre = pieces[1:], acts[1:], centre - 1
             else:
-                pieces, shades = pieces[:-1], shades[:-1]
-        self.put(x, value, size=size, family="monospace", color="0.4")
+                pieces, acts = pieces[:-1], acts[:-1]
+        if columns(pieces[0]) > most:
+            pieces = [pieces[0][: most // 2]]
+        self.put(x, value, size=size, family="DejaVu Sans Mono", color="0.4")
         at = x + 6 * advance
-        for i, (piece, shade) in enumerate(zip(pieces, shades, strict=True)):
+        for i, (piece, act) in enumerate(zip(pieces, acts, strict=True)):
+            wide, small = columns(piece) * advance, 0.55 * size
             place = ((LEFT + at) / A4[0], (self.y - 1.3 * size / 72) / A4[1])
-            box = {"width": len(piece) * advance / A4[0], "height": 1.4 * size / 72 / A4[1], "transform": self.fig.transFigure}
-            if shade > 0:
-                self.fig.add_artist(Rectangle(place, **box, facecolor=(1, 0.55, 0), alpha=min(1.0, float(shade)), lw=0, zorder=0))
+            box = {"width": wide / A4[0], "height": 1.4 * size / 72 / A4[1], "transform": self.fig.transFigure}
+            if act > 0:
+                self.fig.add_artist(Rectangle(place, **box, facecolor=(1, 0.55, 0), alpha=min(1.0, float(act) / highest), lw=0, zorder=0))
             framed = {"lw": 0.7, "zorder": 2} if i == centre else {"lw": 0.3, "edgecolor": "0.75", "zorder": 1}
             self.fig.add_artist(Rectangle(place, **box, fill=False, **framed))
-            at += len(piece) * advance
-        text = "".join(pieces)[:most]
-        self.put(x + 6 * advance, "".join("·" if c == " " else " " for c in text), size=size, family="monospace", color="0.6")
-        self.put(x + 6 * advance, text, size=size, family="monospace")
-        self.y -= 1.6 * size / 72
+            number = f"{act:.2f}".lstrip("0")
+            if act > 0 and i != centre and len(number) * MONO * small / 72 <= wide:
+                self.y -= 1.35 * size / 72
+                self.put(at + wide / 2, number, size=small, family="DejaVu Sans Mono", color="0.4", ha="center")
+                self.y += 1.35 * size / 72
+            at += wide
+        # in one piece, unless a font of another width would carry it off its boxes
+        chunks, edge = (pieces, [0, *np.cumsum([columns(piece) for piece in pieces])]) if columns("".join(pieces)) > len("".join(pieces)) else (["".join(pieces)], [0])
+        for text, start in zip(chunks, edge):
+            self.put(x + (6 + start) * advance, "".join("·" if c == " " else " " for c in text), size=size, family="DejaVu Sans Mono", color="0.6")
+            self.put(x + (6 + start) * advance, text, size=size, family="DejaVu Sans Mono")
+        self.y -= 2.1 * size / 72
 
     def drawings(self, title: str, drawings: dict, **shares: float) -> None:
         """A page of figures from top to bottom: those of `drawings` (functions of a figure) that `shares` names, each with its share of the height.
@@ -177,8 +215,8 @@ class Report:
 
 @contextmanager
 def open_report(path: Path, running_title: str):
-    """A Report that is written to `path` when all went well."""
-    with sae_utils.atomic(path) as temporary, matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(temporary) as pdf:
+    """A Report that is written to `path` when all went well; `running_title` is at the foot of each page, and the file's own title."""
+    with sae_utils.atomic(path) as temporary, matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(temporary, metadata={"Title": running_title}) as pdf:
         report = Report(pdf, plain(running_title))
         try:
             yield report
@@ -343,6 +381,30 @@ def density_strength_figure(fig, density: Tensor, strength: Tensor, mean_act: Te
     ax.legend(fontsize="small")
 
 
+def half_of(mass: Tensor) -> int:
+    """How many latents it takes, those with most first, to make half of the whole `mass` (d_sae)."""
+    total = mass.double().sort(descending=True).values.cumsum(0)
+    return int((total < 0.5 * total[-1]).sum()) + 1
+
+
+def strength_curve(fig, density: Tensor, strength: Tensor, mean_act: Tensor) -> None:
+    """Live latents from the strongest to the weakest, and how many carry how much of all activation; all (d_sae)."""
+    alive = (density > 0).nonzero().flatten()
+    left, right = fig.subplots(1, 2)
+    order = alive[strength[alive].argsort(descending=True)]
+    left.plot(np.arange(1, len(order) + 1), mean_act[order], ".", ms=2, color="tab:orange", label="its mean when active", rasterized=True)
+    left.plot(np.arange(1, len(order) + 1), strength[order], color="tab:blue", label="maximum")
+    left.set(yscale="log", xlabel="live latents, the strongest first", ylabel="activation")
+    left.set_title(f"half of the live ones exceed {strength[alive].median():.2g}", fontsize="medium")
+    left.legend(fontsize="small")
+    mass = density * mean_act
+    shares = (mass[alive].double().sort(descending=True).values.cumsum(0) / mass.double().sum()).numpy()
+    right.plot(np.arange(1, len(shares) + 1), shares, color="tab:blue")
+    right.axhline(0.5, color="0.7", lw=0.8)
+    right.set(xscale="log", ylim=(0, 1.02), xlabel="latents, those with most activation first", ylabel="share of all activation")
+    right.set_title(f"half of all activation is that of {half_of(mass):,} latents", fontsize="medium")
+
+
 def on_grid(values: Tensor) -> np.ndarray:
     """Values (d_sae) row by row on a grid about as wide as high, its width a power of two; NaN where the last row has none."""
     width = 2 ** int(np.ceil(np.log2(len(values)) / 2))
@@ -405,14 +467,27 @@ def known_figure(fig, facts: list[dict], hidden: Tensor, f1: dict[str, Tensor], 
 # ---------------------------------------------------------------------------------------------
 
 
-def first_page(pages: Report, params: dict, sae: sae_utils.SAE, metrics: dict) -> None:
-    """What was found, what deserves a second look, and the settings."""
+def title_of(params: dict) -> str:
+    """Model and layer; of a folder its name alone."""
+    return f"{Path(params['model_name']).name if sae_utils.resolve(params['model_name']).exists() else params['model_name']}, layer {params['layer']}"
+
+
+def made(file: Path, device: str) -> str:
+    """When and by what a run was made: `file` is its params.json, written when the run began."""
+    recorded, begun, now = json.loads(file.read_text()), file.stat().st_mtime, time.time()
+    utc = lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+    versions = ", ".join(f"{name} {version}" for name, version in recorded["versions"].items())
+    return f"Begun {utc(begun)}, this report {sae_utils.duration(now - begun)} later, on {device}; commit {(recorded['git_commit'] or 'unknown')[:12]}; {versions}."
+
+
+def first_page(pages: Report, params: dict, sae: sae_utils.SAE, metrics: dict, when: str = "") -> None:
+    """What was found, what deserves a second look, the settings, and `when` and by what it was made."""
     pages.page()
-    pages.line(f"Sparse autoencoder: {params['model_name']}, layer {params['layer']}", size=16, weight="bold")
-    about = f"{sae.config['hook_name']}, {sae.d_in} wide, {sae.d_sae:,} latents ({sae.architecture}); text: {params['dataset_name']}"
-    pages.line(about, color="0.3", gap=1.3 if "source" in sae.config else 2.5)
+    pages.paragraph(f"Sparse autoencoder: {title_of(params)}", size=16, weight="bold")
+    pages.paragraph(f"{sae.config['hook_name']}, {sae.d_in} wide, {sae.d_sae:,} latents ({sae.architecture}); text: {params['dataset_name']}", color="0.3")
     if "source" in sae.config:
-        pages.line(f"trained before, read from {sae.config['source']} ({sae.config['format']})", color="0.3", gap=2.5)
+        pages.paragraph(f"trained before, read from {sae.config['source']} ({sae.config['format']})", color="0.3")
+    pages.y -= 0.1
     for sentence in metrics["findings"]:
         pages.paragraph(sentence, size=10)
     pages.heading("What deserves a second look")
@@ -420,12 +495,18 @@ def first_page(pages: Report, params: dict, sae: sae_utils.SAE, metrics: dict) -
         pages.paragraph(line)
     pages.heading("Settings", needs=2)
     items = [f"{name}: {value}" if value != "" else f"{name}: -" for name, value in params.items()]
-    items = [item if len(item) <= 58 else item[:57] + "…" for item in items]
-    half = -(-len(items) // 2)
+    short = [item for item in items if len(item) <= 58]
+    half = -(-len(short) // 2)
     for i in range(half):
         pages.room(0.16)
-        pages.put(0, items[i], size=7.5)
-        pages.line(items[half + i] if half + i < len(items) else "", size=7.5, x=3.4)
+        pages.put(0, short[i], size=7.5)
+        pages.line(short[half + i] if half + i < len(short) else "", size=7.5, x=3.4)
+    for item in items:
+        if item not in short:
+            pages.paragraph(item, size=7.5)
+    if when:
+        pages.y -= 0.1
+        pages.paragraph(when, size=7.5, color="0.3")
 
 
 def data_and_fidelity(pages: Report, metrics: dict) -> None:
@@ -442,21 +523,45 @@ def data_and_fidelity(pages: Report, metrics: dict) -> None:
 
 
 def latents(pages: Report, kept: dict, effects: dict[int, dict], as_text, labels: dict[int, str]) -> None:
-    """An entry for each latent of `effects` ({latent: `features.measured_effect`}); `kept` is what features.npz holds."""
+    """An entry for each latent of `effects` ({latent: `features.measured_effect`}); `kept` is what features.npz holds. Then the most
+    selective others."""
     pages.page()
     pages.heading(f"{len(effects)} latents, from the rarest to the most frequent")
     pages.paragraph(
         "Four places where each fires most, then one from the first, the sixth and the last tenth of its activations; in all text, so that they may "
         "exceed the strength, which is of held-out text. The framed token is the one, and the number its activation; the shade is how strongly "
-        "the latent fires on a token, relative to its maximum. A dot is a space, ↵ a newline, ‹ a token that only continues a character; "
-        "bytes that are none by themselves stand as \\xe2, and □ for a character that this font lacks: features.html has them all."
+        "the latent fires on a token, relative to its maximum, and small figures below say it where there is room. A dot is a space, ↵ a newline, "
+        "‹ a token that only continues a character; bytes that are none by themselves stand as \\xe2."
     )
     for latent, effect in effects.items():
         latent_entry(pages, latent, kept, effect, as_text, labels.get(latent, ""))
+    picked = most_selective(kept, without=list(effects))
+    if not picked:
+        return
+    pages.page()
+    pages.heading(f"The {len(picked)} most selective of the others")
+    pages.paragraph(
+        "Picked, not drawn: of each latent's sampled places the share that its five most frequent tokens make is highest for these. No two of them have "
+        "the same most frequent token. They read more easily than latents do on the whole; what their ablation does was not measured here."
+    )
+    for latent in picked:
+        latent_entry(pages, latent, kept, None, as_text, labels.get(latent, ""))
 
 
-def latent_entry(pages: Report, latent: int, kept: dict, effect: dict, as_text, label: str = "") -> None:
-    """One latent: contexts, what it promotes by the direct path, what is measured when it is ablated."""
+def most_selective(kept: dict, n: int = 12, without: list[int] = ()) -> list[int]:
+    """The live latents on whose sampled places the five most frequent tokens have the largest share, the more frequent latent first
+    where that is equal; one for each most frequent token, and none of `without`. Of few places five tokens make a large share by
+    themselves, so only latents count that have fifty (five of each tenth)."""
+    share, first, enough = kept["fired_tokens_share"].sum(1), kept["fired_tokens"][:, 0], (kept["decile_rows"] >= 0).all((1, 2))
+    picked = {}
+    for latent in np.lexsort((-kept["density"], -share)).tolist():
+        if kept["density"][latent] > 0 and enough[latent] and latent not in without:
+            picked.setdefault(int(first[latent]), latent)
+    return list(picked.values())[:n]
+
+
+def latent_entry(pages: Report, latent: int, kept: dict, effect: dict | None, as_text, label: str = "") -> None:
+    """One latent: contexts, what it promotes by the direct path, what is measured when it is ablated, where that was done."""
     pages.room(1.9)
     at = lambda name: kept[name][latent]
     name = f"latent {latent}" + (f": {label}" if label else "")
@@ -467,11 +572,12 @@ def latent_entry(pages: Report, latent: int, kept: dict, effect: dict, as_text, 
         there = at("tokens")[place] >= 0
         if there[width // 2]:
             acts, pieces = at("acts")[place], sae_utils.whole([as_text(int(token)) for token in at("tokens")[place][there]])
-            pages.tokens(f"{acts[width // 2]:.2f}", pieces, list(acts[there] / highest), int(there[: width // 2].sum()))
+            pages.tokens(pieces, acts[there].tolist(), highest, int(there[: width // 2].sum()))
     words = lambda ids: " ".join(as_text(int(token)).strip() or "·" for token in ids[:8])
     pages.paragraph(f"promotes {words(at('promoted'))}   suppresses {words(at('suppressed'))}", size=7)
-    moved = "; ".join(f"{as_text(token).strip()} {change:+.2f}" for token, change in effect["falls"][:4] + effect["rises"][:3])
-    pages.paragraph(f"ablated: KL {effect['kl']:.4f}; {moved or 'nothing moves'}", size=7)
+    if effect:
+        moved = "; ".join(f"{as_text(token).strip()} {change:+.2f}" for token, change in effect["falls"][:4] + effect["rises"][:3])
+        pages.paragraph(f"ablated: KL {effect['kl']:.4f}; {moved or 'nothing moves'}", size=7)
     pages.y -= 0.08
 
 
@@ -480,12 +586,15 @@ def definitions(pages: Report) -> None:
     pages.heading("Definitions", needs=3)
     for word, meaning in DEFINITIONS.items():
         pages.paragraph(f"{word}: {meaning}.", size=8)
+    if pages.not_drawn:
+        scripts = dict.fromkeys(unicodedata.name(c, "others").split()[0].lower() for c in sorted(pages.not_drawn))
+        pages.paragraph(f"□ stands for {len(pages.not_drawn)} characters that no installed font has ({', '.join(scripts)}); features.html shows them.", size=8)
 
 
 def write_overview(path: Path, title: str, four: list) -> None:
     """One picture of a run: `title` and four drawings (functions of a figure), row by row."""
     fig = plt.figure(figsize=(13, 9), layout="constrained")
-    fig.suptitle("\n".join(sae_utils.plot_text(plain(line)) for line in textwrap.wrap(title, 150)), size=11)
+    fig.suptitle("\n".join(sae_utils.plot_text(plain(line)) for line in textwrap.wrap(title, 150)), size=11, family=fonts_for(plain(title)))
     for part, draw in zip(fig.subfigures(2, 2, height_ratios=[6, 5]).flat, four, strict=True):
         draw(part)
     with sae_utils.atomic(path) as temporary:

@@ -13,6 +13,7 @@ from pathlib import Path
 import experiment
 import listing
 import sae_utils
+import typed
 
 OF_ROWS = listing.ROWS - {"layer", "held_out_fraction", "non_finite"}  # what the rows depend on, beside the layer
 
@@ -37,15 +38,18 @@ def read_grid(grid: str) -> dict[str, list]:
 
 def plan(grid: str, sweep: str, flags: list[str]) -> str:
     """The cells of a sweep as a makefile: CELLS, the files that say that a cell is finished; ROWS, what is harvested
-    before them; and for each its flags, which come after `flags`.
+    before them; and for each its flags, `flags` among them, as a shell reads them.
 
     UserError, before anything runs, where the grid is none, an axis does nothing, or a name is taken.
     """
     if not re.fullmatch(r"[\w./-]*\w", sweep, re.ASCII) or ".." in sweep.split("/"):
         raise sae_utils.UserError(f"SWEEP {sweep!r} names no sweep: letters from a to z, digits, '.', '-' and '_' will do.")
-    axes, given = read_grid(grid), experiment.given_params(sae_utils.ROOT / "notebooks" / "sae_training.ipynb", flags)
-    as_flags = lambda part: "".join(f" -p {name} {shlex.quote(str(value))}" for name, value in part.items()).replace("$", "$$").replace("#", "\\#")
-    of_cell, of_rows, missing = {}, {}, 0
+    axes, given = read_grid(grid), typed.parameters(flags)
+    for_make = lambda words: shlex.join(words).replace("$", "$$").replace("#", "$H")
+    as_flags = lambda part: for_make([*flags, *(word for name, value in part.items() for word in ("-p", name, str(value)))])
+    if "\n" in "".join(flags):
+        raise sae_utils.UserError("what a sweep is given stands on one line each: leave line breaks out.")
+    of_cell, of_rows, missing = {}, {}, []
     for values in itertools.product(*axes.values()):
         here = dict(zip(axes, values, strict=True))
         params = experiment.check_params("sae_training", given | here)
@@ -57,24 +61,25 @@ def plan(grid: str, sweep: str, flags: list[str]) -> str:
         target = f"{sae_utils.show_path(folder)}/.done"
         if target in of_cell:
             raise sae_utils.UserError(f"two cells would be called {folder.name}: sweep {' '.join(axes)} apart, under two names (SWEEP=).")
-        of_cell[target] = [f"SETTINGS :={as_flags(here | {'run_dir': params['run_dir']})}"]
-        missing += not finished
+        of_cell[target] = [f"SETTINGS := {as_flags(here | {'run_dir': params['run_dir']})}"]
+        missing += [] if finished else [target]
         if not finished and not params["trained_sae"]:
             rows = {name: value for name, value in here.items() if name in OF_ROWS}
             name = experiment.safe_name(Path(sweep).name, *(part for part, axis in zip(short, here, strict=True) if axis in rows), "rows")
             layers, _ = of_rows.setdefault(name, ({}, as_flags(rows | {"run_dir": params["run_dir"]})))
             layers[params["layer"]] = True  # a set that keeps its order
             of_cell[target].append(f"| {name}")
-    print(f"{sweep}: {len(of_cell) - missing} of {len(of_cell)} cells are finished", file=sys.stderr, flush=True)
-    lines = [f"CELLS := {' '.join(of_cell)}", f"ROWS := {' '.join(of_rows)}"]
+    print(f"{sweep}: {len(of_cell) - len(missing)} of {len(of_cell)} cells are finished", file=sys.stderr, flush=True)
+    # A .done that is not whole, or whose run lacks a file, is no finished cell, whatever make thinks of it.
+    lines = [f"CELLS := {' '.join(of_cell)}", f"ROWS := {' '.join(of_rows)}", "H := \\#", f".PHONY: {' '.join(missing)}"]
     lines += [f"{target}: {line}" for target, about in of_cell.items() for line in about]
     for name, (layers, settings) in of_rows.items():
-        lines += [f"{name}: AT := {' '.join(map(str, layers))}", f"{name}: SETTINGS :={settings}"]
+        lines += [f"{name}: AT := {' '.join(map(str, layers))}", f"{name}: SETTINGS := {settings}"]
     return "\n".join(lines)
 
 
 def minutes_of(folder: Path) -> float | None:
-    """What papermill noted of a run's last start; None where the run was killed after its last cell, before its notebook had its name."""
+    """What papermill noted of a run's last start; None of a run in Jupyter."""
     try:
         return json.loads((folder / "sae_training.ipynb").read_text())["metadata"]["papermill"]["duration"] / 60
     except (OSError, ValueError, KeyError, TypeError):

@@ -6,9 +6,11 @@ counts are the ratios. Tables go to the terminal, rows to runs/bench.json.
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -31,8 +33,10 @@ import tokenizers
 import torch
 import transformers
 
+import choosing
 import editing
 import features
+import fidelity
 import harvest
 import sae_utils
 import training
@@ -115,7 +119,7 @@ def our_harvest(model, hooks: list[str], windows: list[list[int]], storage: str,
     starts = np.concatenate([[0], lengths.cumsum()])
     owner = np.repeat(np.arange(len(windows)), lengths)
     kept = np.setdiff1d(np.arange(len(flat)), starts[:-1])  # all but BOS
-    tokens = {"flat": flat, "starts": starts, "window_document": np.arange(len(windows)), "token_ids": flat[kept]}
+    tokens = {"flat": flat, "starts": starts, "window_document": np.arange(len(windows)), "first_equal": np.arange(len(windows)), "token_ids": flat[kept]}
     tokens |= {"window": owner[kept].astype(np.int32), "position": (np.arange(len(flat)) - starts[owner])[kept].astype(np.int32)}
     counts = {"rows": len(kept), "windows": len(windows), "documents": len(windows), "tokens": len(flat)}
     names = ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")
@@ -192,6 +196,8 @@ class Measured:
         self.part, self.limit, self.rows, self.peak, self.running = part, limit, [], 0.0, True
 
     def __enter__(self):
+        with contextlib.suppress(OSError, AttributeError):  # what was freed before is not to be filled unseen
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.base = anonymous_memory()
         threading.Thread(target=self.watch).start()
         return self
@@ -202,37 +208,115 @@ class Measured:
     def watch(self):
         while self.running:
             self.peak = max(self.peak, anonymous_memory())
-            time.sleep(0.05)
+            time.sleep(0.005)
 
     def during(self, case: str, work):
         self.peak, begin = 0.0, time.perf_counter()
         result = work()
-        used = self.peak - self.base
+        used = max(self.peak, anonymous_memory()) - self.base
         row = {"part": self.part, "case": case, "ours": used, "other": self.limit, "ratio": used / self.limit}
         self.rows.append(row | {"seconds": time.perf_counter() - begin, "machine": machine()})
         return result
 
 
+class Stub(torch.nn.Module):
+    """A model of one embedding and one linear layer, which stands for a transformer where the store is measured and not the model."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, d_in: int):
+        super().__init__()
+        self.embed, self.out = torch.nn.Embedding(32_768, 64), torch.nn.Linear(64, d_in)
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return self.out(self.embed(input_ids))
+
+
+def rows_in_stages(n: int) -> list[dict]:
+    """Peak anonymous memory of every stage of a run that goes over the rows, on `n` rows of width 64, in the order of
+    sae_training.ipynb and with what its cells keep: text to windows, harvest, statistics, an epoch of training, scores
+    and yardsticks, contexts and shares; and what patch_neurons.ipynb makes of all rows. Stories of 150 words."""
+    words = [f"w{i}" for i in range(2000)]
+    vocabulary = {word: i for i, word in enumerate(["<bos>", "<unk>", *words])}
+    model_of_words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    model_of_words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model_of_words, bos_token="<bos>", unk_token="<unk>")
+    draw = np.random.default_rng(0)
+    stories = (" ".join(words[i] for i in (2000 ** draw.random(150)).astype(int)) for _ in itertools.count())
+    model, names = Stub(64).requires_grad_(False), ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")
+    shape = {"architecture": "batchtopk", "k": 16}
+    list(itertools.islice(stories, 10)), tokenizer(["w1 w2"])
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder, Measured("memory", 2.0) as memory:
+        during = lambda case, work: memory.during(f"{n:,} rows: {case}", work)
+        tokens, counts = during("text to windows", lambda: harvest.cut_windows(tokenizer, stories, 128, n))
+        key = {"hook": "out", "activation_dtype": "bfloat16"}
+        store = harvest.Partial("out", Path(folder) / harvest.digest_of(key)[:16], key, "cpu")
+        during("harvest", lambda: harvest.harvest(model, None, [store], tokens, counts, dict.fromkeys(names, "") | {"non_finite": "refuse"}))
+        del tokens
+        rows = during("opened, checksums compared", lambda: harvest.open_rows(store.folder))
+        kept = {}
+
+        def statistics():
+            train_windows, held_out_windows = harvest.split_windows(rows.window_document, 0.1)
+            _, judging, _ = fidelity.watch_and_judge(held_out_windows, rows.window_document)
+            kept.update(train=(train_windows[rows.window] & rows.finite).nonzero().flatten(), held_out=(judging[rows.window] & rows.finite).nonzero().flatten())
+            kept["mean"], norms = sae_utils.activation_stats(rows.activations, kept["train"])
+            kept.update(norms=norms, usable=rows.finite & (norms >= 1e-8), components=harvest.spectrum(rows.activations, kept["train"])[2])
+            kept["far"] = torch.where(kept["usable"], norms, 0).topk(10).indices
+            kept["card"] = [float(np.quantile(norms[kept["usable"]].double(), q)) for q in (0.01, 0.1, 0.5, 0.9, 0.99, 1.0)]
+
+        during("split, mean and norms, data card", statistics)
+        sae = sae_utils.SAE(64, 512, **shape)
+        sae.mean.copy_(kept["mean"])
+        trainer = training.Trainer(sae)
+
+        def epoch():
+            order = kept["train"][training.epoch_order(len(kept["train"]), 0, 1)]
+            for batch in training.shuffled_batches(rows.activations, order, 512):
+                trainer.step(trainer.normalise(batch), 1e-3)
+
+        during("an epoch of training", epoch)
+        training.settle(sae, rows.activations, kept["train"])
+        document = rows.window_document[rows.window]
+
+        def scores():
+            found = sae_utils.score_rows(sae, rows.activations, kept["held_out"])
+            sae.density.copy_(found["density"]), sae.max_act.copy_(found["max_act"])
+            kept["centres"] = fidelity.kmeans(rows.activations, kept["train"], 512, 0)
+            fidelity.row_sums(lambda x: fidelity.through_sae(sae, x), rows.activations, kept["held_out"], document, mean=kept["mean"])
+
+        during("scores and yardsticks", scores)
+        everything = torch.cat([kept["train"], kept["held_out"]]).sort().values
+        found = during("contexts", lambda: features.contexts(sae, rows.activations, everything, document))
+        during("what stands around them", lambda: features.shown_contexts(sae, rows, found))
+        during("shares", lambda: features.shares(found, rows, lambda i: tokenizer.convert_ids_to_tokens(i), sae.max_act))
+        during("what follows each row (patching)", lambda: choosing.followers(rows))
+    return memory.rows
+
+
 def bench_memory(rounds: int, quick: bool) -> list[dict]:
+    """Peak anonymous memory of the stages over 200k, 800k and 3M rows of width 64, each in a process of its own
+    (`rows_in_stages`), and while 3M rows of 1152 are written, verified and read shuffled."""
+    found = []
+    for n in (20_000, 50_000) if quick else (200_000, 800_000, 3_000_000):
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            found.append(alone.apply(rows_in_stages, (n,)))
+        table("GB of anonymous memory above the start (other: the limit)", found[-1])
+    more = [(b["ours"] - a["ours"]) / (int(b["case"].split()[0].replace(",", "")) - int(a["case"].split()[0].replace(",", ""))) for a, b in zip(*found[-2:], strict=True)]
+    print("bytes a row, from the last two: " + ", ".join(f"{row['case'].partition(': ')[2]} {1e9 * each:,.0f}" for row, each in zip(found[-1], more, strict=True)))
+    return [row for rows in found for row in rows] + bench_wide_store(quick)
+
+
+def bench_wide_store(quick: bool) -> list[dict]:
     """Peak anonymous memory while 3M rows of 1152 are written, verified and read shuffled.
 
     A model of one embedding and one linear layer stands for the transformer: what is measured is
     the store, not the model.
     """
-    class Stub(torch.nn.Module):
-        device = torch.device("cpu")
-
-        def __init__(self):
-            super().__init__()
-            self.embed, self.out = torch.nn.Embedding(32_768, 64), torch.nn.Linear(64, 1152)
-
-        def forward(self, input_ids, attention_mask, use_cache):
-            return self.out(self.embed(input_ids))
-
     n, d_in = (100_000 if quick else 3_000_000), 1152
     windows = random_windows(1000, True) * (-(-n // 127_000))
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder, Measured("memory", 2.0) as memory:
-        model = Stub().requires_grad_(False)
+        model = Stub(d_in).requires_grad_(False)
         (store,) = memory.during(f"harvest of {n:,} rows", lambda: our_harvest(model, ["out"], windows, "bfloat16", Path(folder)))
         opened = memory.during("opened, checksums compared", lambda: harvest.open_rows(store))
 
@@ -274,7 +358,7 @@ def bench_features(rounds: int, quick: bool) -> list[dict]:
                 out.write(torch.randn(len(part), d_in, generator=generator).bfloat16().view(torch.int16).numpy().tobytes())
         rows = harvest.Rows(
             torch.from_file(str(file), size=n * d_in, dtype=torch.bfloat16).view(n, d_in), torch.from_numpy(flat[kept]), torch.from_numpy(kept // 128),
-            torch.from_numpy(kept % 128), harvest.Windows(flat, np.arange(n_windows + 1) * 128), torch.arange(n_windows), torch.ones(n, dtype=torch.bool), {}, Path(folder),
+            torch.from_numpy(kept % 128), harvest.Windows(flat, np.arange(n_windows + 1) * 128), torch.arange(n_windows), torch.arange(n_windows), torch.ones(n, dtype=torch.bool), {}, Path(folder),
         )  # fmt: skip
         unit = torch.nn.functional.normalize(rows.activations[:256].float(), dim=1)
         sae = sae_with_l0(d_in, d_sae, 50, unit)
@@ -533,7 +617,6 @@ def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int
     from sae_lens.training.activations_store import ActivationsStore
 
     import experiment
-    import fidelity
 
     params = experiment.check_params("sae_training", {"model_name": model, "dataset_name": text, "layer": layer})
     hook, (lm, tokenizer) = sae_utils.find_hook(model, layer), sae_utils.load_model(model)

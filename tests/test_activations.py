@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -21,7 +22,9 @@ import torch
 import transformers
 from conftest import HOOK, ROOT, gemma, loaded_params, sentences, word_tokenizer
 
+import choosing
 import experiment
+import fidelity
 import harvest
 import sae_utils as u
 
@@ -466,8 +469,7 @@ def test_documents_are_wholly_in_train_or_held_out(folder, model, tokenizer):
     train, held_out = harvest.split_windows(rows.window_document, 0.1)
     owner = rows.window_document
     assert torch.equal(train, ~held_out) and not set(owner[train].tolist()) & set(owner[held_out].tolist())
-    n = int(owner.max()) + 1
-    assert abs(len(owner[held_out].unique()) - 0.1 * n) <= 1
+    assert abs(len(owner[held_out].unique()) - 0.1 * len(owner.unique())) <= 1
 
 
 def test_a_single_document_is_split_with_a_gap():
@@ -477,9 +479,91 @@ def test_a_single_document_is_split_with_a_gap():
         harvest.split_windows([0, 0], 0.1)
 
 
-def test_few_documents_still_hold_one_out():
-    assert harvest.held_out_documents(3, 0.1) == [False, False, True]
-    assert sum(harvest.held_out_documents(1000, 0.1)) == 100
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.15, 0.3, 0.5])
+def test_held_out_documents_are_a_random_choice_that_stays(fraction, fresh_seed):
+    """About the fraction, from two documents on at least one on either side, and no document changes sides when others come after it."""
+    choice = lambda n, seed=fresh_seed: harvest.held_out_documents(n, fraction, seed)
+    longest = choice(3000)
+    for n in (1, 2, 3, 7, 20, 333, 2999):
+        assert choice(n) == longest[:n] if n > 1 else choice(n) == [False]
+        assert n == 1 or 0 < sum(choice(n)) < n and abs(sum(choice(n)) - fraction * n) <= 1
+    places = np.flatnonzero(longest)
+    assert choice(3000) == longest != choice(3000, fresh_seed + 1)
+    if fraction < 0.5:  # of two there are only two places
+        assert len(set(np.diff(places))) > 2  # at no fixed distance
+    sides = [harvest.held_out_documents(2, fraction, seed).index(True) for seed in range(40)]
+    assert set(sides) == {0, 1}
+
+
+@pytest.mark.parametrize("period", [2, 5, 10])
+def test_sources_that_take_turns_are_held_out_in_equal_parts(period, fresh_seed):
+    held_out = np.flatnonzero(harvest.held_out_documents(4000, 0.1, fresh_seed))
+    counts = np.bincount(held_out % period, minlength=period)
+    assert counts.sum() == 400 and np.abs(counts - 400 / period).max() < 5 * np.sqrt(400 / period)
+
+
+def write_texts(file, texts):
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_equal_documents_are_one(folder, model, tokenizer, fresh_seed):
+    """21 texts, ten times each, in any order and with other white space at their ends: on one side, one document of every figure."""
+    texts = list(dict.fromkeys(sentences(200, seed=fresh_seed, longest=60)))[-21:]
+    copies = [end + text + other for text in texts for end, other in zip(" \n\t  ", ["", " ", "\n", "", "\r\n"], strict=True)] + texts * 5
+    random.Random(fresh_seed).shuffle(copies)
+    write_texts(folder / "text.jsonl", copies)
+    plans, loaded = [], loaded_params(folder, model, tokenizer, n_activations=10**6)
+    rows = harvest.get_rows(model, tokenizer, HOOK, loaded, folder / "activations", plans.append)
+    assert rows.manifest["counts"]["documents"] == 210 and rows.manifest["counts"]["different_documents"] == 21
+    assert "of 210 documents, 21 of them different, at" in harvest.card(plans[0])
+    assert rows.window_place.unique().tolist() == list(range(210))
+    first = {text.strip(): number for number, text in reversed(list(enumerate(copies)))}
+    assert rows.window_document.tolist() == [first[copies[place].strip()] for place in rows.window_place.tolist()]
+    text_of = lambda mask: {copies[place].strip() for place in rows.window_place[mask].tolist()}
+    train, held_out = harvest.split_windows(rows.window_document, 0.3)
+    assert text_of(train) | text_of(held_out) == set(texts) and not text_of(train) & text_of(held_out) and len(text_of(held_out)) in (6, 7)
+    watched, judging, apart = fidelity.watch_and_judge(held_out, rows.window_document)
+    assert apart and not text_of(watched) & text_of(judging)
+    tried = choosing.second_half(held_out, rows.window_document)
+    assert text_of(tried) and text_of(held_out & ~tried) and not text_of(tried) & text_of(held_out & ~tried)
+
+
+def test_one_document_many_times_cannot_be_split(folder, model, tokenizer):
+    write_texts(folder / "text.jsonl", ["the cat sees a dog . " * 20 + " " * i for i in range(12)])
+    with pytest.raises(u.UserError, match="the text is one document, 12 times: no part of it could be held out"):
+        rows_of(folder, model, tokenizer)
+
+
+def test_documents_of_a_single_token_without_bos(tokenizer):
+    without = word_tokenizer(with_bos=False)
+    with pytest.raises(u.UserError, match="no document has text after its first token, which gives no row where the tokenizer has no BOS"):
+        harvest.cut_windows(without, ["cat", "dog", "<eos>"], 8, 100)
+    assert harvest.cut_windows(tokenizer, ["cat", "dog", "<eos>"], 8, 100)[1]["rows"] == 2
+
+
+@pytest.mark.parametrize("with_bos", [True, False])
+def test_of_a_long_document_only_what_is_wanted_is_read(with_bos, fresh_seed):
+    counted, real = [], word_tokenizer(with_bos)
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def __call__(self, texts, **more):
+            counted.extend(map(len, texts))
+            return real(texts, **more)
+
+    long = " ".join(sentences(20_000, seed=fresh_seed))
+    for n_rows in (100, 2000):
+        counted.clear()
+        tokens, counts = harvest.cut_windows(Counting(), [long], 16, n_rows)
+        assert sum(counted) < 0.06 * len(long) and counts["rows"] == n_rows
+        whole = real([long], add_special_tokens=False)["input_ids"][0]
+        expected = [t for i, t in enumerate(whole) if with_bos or i % 16][:n_rows]
+        assert tokens["token_ids"].tolist() == expected
+    for sparse in (("cat" + " " * 500) * 400, "<eos> <eos> <eos> <eos> <eos> <eos> <eos> cat dog " * 400):  # so few words that more has to be read
+        counted.clear()
+        assert harvest.cut_windows(Counting(), [sparse], 16, 300)[1]["rows"] == 300 and len(sparse) in counted
 
 
 def open_local(path, **changes):
@@ -558,7 +642,7 @@ def write_lines(file, lines, **more):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "half an emoji \\ud83d here"}', r"odd.jsonl, line 52: column text holds half a character .*; mend that line, or leave it out: sed 52d '.*odd.jsonl' > mended.jsonl"),
+        ('{"text": "half an emoji \\ud83d here"}', r"odd.jsonl, line 52: column text holds half a character .*; mend that line, or leave it out: sed 52d .*odd.jsonl'? > mended.jsonl"),
         ('{"text": "She lik', r"odd.jsonl, line 52 is not JSON \(Unterminated string starting at, character 9\); mend that line, or leave it out: sed 52d"),
         ('["the cat"]', "odd.jsonl, line 52 is no JSON object"),
         ('{"text": ["the cat"]}', "odd.jsonl, line 52: column text does not hold text, but "),
@@ -566,9 +650,9 @@ def write_lines(file, lines, **more):
     ],
 )
 def test_an_odd_line_is_named_and_the_way_on_works(line, message, tmp_path, monkeypatch):
-    write_lines(tmp_path / "odd.jsonl", line, errors="surrogateescape")
+    write_lines(tmp_path / "it's odd.jsonl", line, errors="surrogateescape")
     with pytest.raises(u.UserError, match=message) as raised:
-        open_local(tmp_path / "odd.jsonl")
+        open_local(tmp_path / "it's odd.jsonl")
     subprocess.run(str(raised.value).partition("leave it out: ")[2].removesuffix("."), shell=True, check=True, cwd=tmp_path)
     assert list(open_local(tmp_path / "mended.jsonl")) == sentences(50)
 
@@ -779,3 +863,24 @@ def test_a_checkpoint_that_lacks_weights_is_refused(folder, model):
 def test_a_hook_that_is_never_called_is_refused(model):
     with pytest.raises(u.UserError, match="model.layers is never called"):
         u.run_to_hook(model, "model.layers", *u.pad([[3, 5]]))
+
+
+def peak_bytes_of_contexts(n: int) -> float:
+    """Peak memory of `features.contexts` over n rows of width 64 beyond the rows themselves; to be called in a process of its own."""
+    import bench
+    import features
+
+    rows, index = torch.empty(n, 64, dtype=torch.bfloat16), torch.arange(n)
+    for part in rows.split(50_000):
+        part.copy_(torch.randn(len(part), 64))
+    sae = bench.sae_with_l0(64, 256, 16, rows[:256].float())
+    with bench.Measured("contexts", 1.0) as memory:
+        memory.during("contexts", lambda: features.contexts(sae, rows, index, index // 100))
+    return 1e9 * memory.rows[0]["ours"]
+
+
+@pytest.mark.repeats
+def test_memory_hardly_grows_with_the_rows():
+    """Entries kept in small pieces while large temporaries come and go pin the heap between them: it was 800 to 2,900 bytes a row, where 150 will do."""
+    with multiprocessing.get_context("spawn").Pool(1) as alone:
+        assert alone.apply(peak_bytes_of_contexts, (400_000,)) < 400 * 400_000

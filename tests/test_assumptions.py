@@ -14,13 +14,11 @@ import sys
 import weakref
 from pathlib import Path
 
-import click
 import datasets
 import filelock
 import matplotlib
 import nbformat
 import papermill
-import papermill.cli
 import pytest
 import torch
 import transformers
@@ -219,15 +217,13 @@ def test_hooks_see_keywords_and_failures():
 # -- papermill, IPython, matplotlib, filelock
 
 
-@relied_on_by("experiment.check_params", "experiment.given_params", "experiment.declared_params")
+@relied_on_by("experiment.check_params", "experiment.declared_params")
 def test_papermill_injects_a_cell_that_begins_with_its_name(tmp_path):
     path = u.ROOT / "notebooks" / "patch_neurons.ipynb"
-    papermill.cli.papermill.main(["-p", "name", "x", "--prepare-only", "--no-progress-bar", "--log-level", "ERROR", str(path), str(tmp_path / "out.ipynb")], standalone_mode=False)
+    papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), {"name": "x"}, prepare_only=True)
     prepared = json.loads((tmp_path / "out.ipynb").read_text())
     injected = [cell for cell in prepared["cells"] if "injected-parameters" in cell["metadata"].get("tags", [])]
     assert "".join(injected[0]["source"]).startswith("# Parameters\n") and prepared["metadata"]["papermill"]["parameters"] == {"name": "x"}
-    with pytest.raises(click.ClickException):
-        papermill.cli.papermill.main(["--no-such-flag"], standalone_mode=False)
 
 
 @relied_on_by("experiment.main")
@@ -237,6 +233,17 @@ def test_papermills_errors_say_what_was_raised(tmp_path):
     with pytest.raises(papermill.PapermillExecutionError) as told:
         papermill.execute_notebook(str(tmp_path / "fails.ipynb"), str(tmp_path / "out.ipynb"), kernel_name="python3", progress_bar=False)
     assert (told.value.ename, told.value.evalue) == ("ZeroDivisionError", "division by zero") and "ZeroDivisionError" in "".join(told.value.traceback)
+
+
+@relied_on_by("experiment.settle, experiment.execute")
+def test_papermill_notes_the_end_and_puts_parameters_into_paths(tmp_path):
+    seen = "import json, pathlib; print(json.loads(pathlib.Path(where).read_text())['metadata']['papermill']['end_time'])"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(seen)], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}})
+    nbformat.write(notebook, tmp_path / "small.ipynb")
+    out = tmp_path / "{where}.ipynb"
+    papermill.execute_notebook(str(tmp_path / "small.ipynb"), str(out).replace("{", "{{").replace("}", "}}"), {"where": str(out)}, kernel_name="python3", progress_bar=False)
+    executed = nbformat.read(out, 4)
+    assert executed.cells[-1].outputs[0].text == "None\n" and executed.metadata.papermill.end_time and not executed.metadata.papermill.exception
 
 
 @relied_on_by("experiment.main (lines that say nothing are left out of the log)")

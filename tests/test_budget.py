@@ -37,6 +37,14 @@ def test_stages_by_hand(planned):
     assert found["cross-entropies"]["at_most"] == pytest.approx(400 * window) and found["cross-entropies"]["seconds"] == pytest.approx(40 * window)
 
 
+def test_what_does_not_fit_is_told(monkeypatch):
+    monkeypatch.setattr(budget, "free_memory", lambda device: 16 * 2 * 100 * 800 + 4 * 10 * 800)
+    budget.refuse_what_does_not_fit(100, 800, 10, "cpu")
+    with pytest.raises(u.UserError, match="801 latents of 100 dimensions, 10 rows a step, take at least 2.6 MB of memory, and 2.6 MB are free on cpu: lower expansion or batch_size"):
+        budget.refuse_what_does_not_fit(100, 801, 10, "cpu")
+    budget.refuse_what_does_not_fit(100, 3000, 0, "cpu")  # only looked at: the weights
+
+
 def test_what_changes_with_what(planned):
     before = planned()
     assert planned(stored=True)["activations"]["seconds"] == 0

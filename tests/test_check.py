@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -12,7 +11,7 @@ import test_activations
 import tokenizers
 import torch
 import transformers
-from conftest import ROOT, WORDS, gpt2, training_params, word_tokenizer
+from conftest import WORDS, gpt2, training_params, word_tokenizer
 from test_families import FAMILIES, NORMS, hook_of, tiny
 
 import budget
@@ -155,12 +154,6 @@ def test_from_the_command_line(folder, capsys):
     assert experiment.main(["check", *flags.split(), "-p", "layer", "7"]) == 2
     captured = capsys.readouterr()
     assert captured.err.endswith("layer 7: to do, as the lines say: hook.\n") and "TO DO" in captured.out
-
-
-def test_the_job_and_its_words():
-    plan = ["make", "-n", "-o", ".venv/.ready", "check", "MODEL=a/b", "LAYER=6", "DATASET=c/d", "PARAMS=params/tiny.yaml", "P=-p chat true"]
-    line = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"experiment.py check -f params/tiny.yaml +-p model_name 'a/b' -p dataset_name 'c/d' +-p layer '6' +-p chat true", line)
 
 
 def unsteady(module_name):
@@ -321,9 +314,15 @@ def test_a_text_on_the_hub_is_not_fetched_for_a_check(lines, tales, tmp_path):
     assert calls == [("me/tales", True)] and not (tmp_path / "cache" / "parquet").exists()
 
 
+def test_an_sae_that_does_not_fit_is_told_before_it_is_made(lines, monkeypatch):
+    monkeypatch.setattr(u, "SAE", lambda *args, **kwargs: pytest.fail("memory was asked for"))
+    said = lines("shape", expansion=4096, batch_size=10**6)["shape"][1]
+    assert re.search(r"[\d,]+ latents of 16 dimensions, 1,000,000 rows a step, take at least [\d.]+ GB of memory, and [\d.]+ GB are free on cpu: lower expansion or batch_size", said)
+
+
 def test_what_does_not_fit(lines, monkeypatch):
-    monkeypatch.setattr(checking, "memory", lambda device: 1000)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 1000)
     found = lines("model")
     assert "and 0.0 MB of memory are free on cpu" in found["model"][1]
-    monkeypatch.setattr(checking, "memory", lambda device: 10**6)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 10**6)
     assert "training needs 10.0 MB of memory beside the model, and 1.0 MB are free" in lines("time and memory")["time and memory"][1]

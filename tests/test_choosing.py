@@ -47,11 +47,25 @@ def test_what_follows_each_row():
         assert next_token[i] == (windows[w][p + 1] if p + 1 < len(windows[w]) else -1)
 
 
-@pytest.mark.parametrize(("owners", "held_out", "expected"), [
-    ([0, 0, 1, 1, 1, 2, 2, 3], [1] * 8, 5), ([0, 0, 1, 1, 1, 2, 2, 3], [0, 0, 1, 1, 1, 1, 0, 0], 5), ([0] * 6, [0, 1, 1, 1, 1, 1], 3), ([0, 1], [1, 1], 1),
-])  # fmt: skip
-def test_the_halves_part_between_documents(owners, held_out, expected):
-    assert choosing.second_half(torch.tensor(held_out).bool(), owners) == expected
+@pytest.mark.parametrize("sizes", [[3] * 20, [1, 1, 1, 40], [40, 1, 1, 1], [7, 5]])
+def test_the_halves_part_between_documents(sizes, fresh_seed):
+    """Whole documents on either side, as even as their sizes allow in the order drawn, from all over the text."""
+    numbers = torch.randperm(100)[: 2 * len(sizes)]  # of every other document is held out; copies may stand anywhere
+    owners = torch.cat([torch.full((size,), int(n)) for n, size in zip(numbers, [s for s in sizes for _ in (0, 1)], strict=True)])
+    owners = owners[torch.randperm(len(owners))]
+    held_out = torch.isin(owners, numbers[::2])
+    tried = choosing.second_half(held_out, owners, fresh_seed)
+    assert tried.dtype == torch.bool and not (tried & ~held_out).any()
+    assert not set(owners[tried].tolist()) & set(owners[held_out & ~tried].tolist())
+    assert 0 < tried.sum() < sum(sizes) and abs(int(tried.sum()) - sum(sizes) / 2) <= max(sizes) / 2 + 1
+    assert torch.equal(tried, choosing.second_half(held_out, owners, fresh_seed))
+    if len(sizes) > 10:
+        others = [choosing.second_half(held_out, owners, fresh_seed + i) for i in range(1, 4)]
+        assert not any(torch.equal(tried, other) for other in others)
+
+
+def test_halves_of_a_single_document_and_of_a_single_window():
+    assert choosing.second_half(torch.tensor([False, *[True] * 5]), [0] * 6).tolist() == [False] * 3 + [True] * 3
     with pytest.raises(u.UserError, match="a single window"):
         choosing.second_half(torch.tensor([False, True]), [0, 1])
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 
 import filelock
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import listing
 import report
 import sae_utils as u
 
-DIGESTS = {"model_fingerprint": "m1", "tokenizer_fingerprint": "t1", "dataset_fingerprint": "d1", "dtype": "float32"}
+DIGESTS = {"model_fingerprint": "m1", "tokenizer_fingerprint": "t1", "dataset_fingerprint": "d1", "dtype": "float32", "split": "s1"}
 
 
 def make_run(root, name, seed=0, k=4, architecture="batchtopk", fvu=0.25, l0=4.0, rise=0.5, directions=None, n_dead=5, doctor=(), key=None, **given):
@@ -80,9 +81,9 @@ def change_json(file, change):
     file.write_text(json.dumps(value))
 
 
-def failed(folder):
+def failed(folder, ename="UserError"):
     (folder / ".done").unlink()
-    outputs = [nbformat.v4.new_output("error", ename="UserError", evalue="k 99 is more\nthan there are.", traceback=[])]
+    outputs = [nbformat.v4.new_output("error", ename=ename, evalue="k 99 is more\nthan there are.", traceback=[])]
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)]), folder / "sae_training.failed.ipynb")
 
 
@@ -130,6 +131,8 @@ BROKEN = {
     "renamed": (lambda f: change_json(f / "params.json", lambda p: p["parameters"].update(l1=1)), r"of another version: sae_training has no parameter l1"),
     "unfinished": (lambda f: (f / ".done").unlink(), r"not finished, or still at work"),
     "failed": (failed, r"UserError: k 99 is more than there are."),
+    "stopped, unfinished": (lambda f: failed(f, "KeyboardInterrupt"), r"not finished, or still at work"),
+    "at work again, unfinished": (lambda f: (failed(f), (f / "sae_training.running.ipynb").touch()), r"not finished, or still at work"),
     "failed before it began": (lambda f: (failed(f), (f / "params.json").unlink()), r"UserError: k 99 is more than there are."),
 }  # fmt: skip
 
@@ -141,7 +144,7 @@ def test_every_broken_run_is_named_and_hides_no_other(tmp_path, how):
     spoil(make_run(tmp_path, "spoilt"))
     spoilt, whole = listing.find_runs(tmp_path)
     assert re.search(message, spoilt.reason) and not whole.reason, spoilt.reason
-    assert spoilt.state == ("failed" if "failed" in how else "unfinished" if how == "unfinished" else "finished")
+    assert spoilt.state == ("failed" if "failed" in how else "unfinished" if "unfinished" in how else "finished")
     line = next(line for line in listing.table_of_runs(tmp_path).splitlines() if line.startswith("spoilt"))
     assert spoilt.state in line or "broken" in line
 
@@ -200,6 +203,21 @@ def test_the_front_by_hand_and_by_its_definition():
     for i, (x, y) in enumerate(points):
         better = [q for q in points if q[0] <= x and q[1] <= y and (q[0] < x or q[1] < y)]
         assert (i in front) == (not better)
+
+
+def test_the_front_is_drawn_through_its_settings_with_bars_over_seeds(tmp_path):
+    for name, k, seed, l0, fvu in (("a", 4, 0, 4.0, 0.5), ("b", 4, 1, 6.0, 0.375), ("c", 8, 0, 8.0, 0.25), ("d", 16, 0, 16.0, 0.375)):  # d is beaten by c
+        make_run(tmp_path, name, k=k, seed=seed, l0=l0, fvu=fvu)
+    ax = plt.figure().add_subplot()
+    comparing.front(ax, listing.find_runs(tmp_path), "fvu")
+    *yardsticks, points, line = [drawn for drawn in ax.get_lines() if drawn.get_marker() not in "_|"]  # these end the bars
+    assert [mark.get_label() for mark in yardsticks] == ["principal components", "k-means", "random directions"]
+    assert points.get_xydata().tolist() == [[5.0, 0.4375], [8.0, 0.25], [16.0, 0.375]] and line.get_xydata().tolist() == [[5.0, 0.4375], [8.0, 0.25]]
+    (bars,) = ax.containers
+    across, up = ([segment.tolist() for segment in bar.get_segments()] for bar in bars[2])
+    assert across[0] == [[4.0, 0.4375], [6.0, 0.4375]] and up[0] == [[5.0, 0.375], [5.0, 0.5]] and across[1] == [[8.0, 0.25]] * 2
+    assert [words.get_text() for words in ax.texts] == ["4", "8"]
+    plt.close()
 
 
 def test_seeds_are_joined_and_nothing_else(tmp_path):
@@ -362,11 +380,8 @@ def test_a_run_that_is_at_work_is_left_alone(tmp_path, lock):
 
 def test_the_words_of_make():
     plan = lambda *words: subprocess.run(["make", "-n", "-o", ".venv/.ready", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    compare = plan("compare", "RUNS=sweep-* demo", "SORT=-ce_recovered", "AXES=layer k", "FIGURE=l0", "P=-p others 5").stdout
-    for flag in ("compare_runs -p runs 'sweep-* demo'", "-p sort '-ce_recovered'", "-p axes 'layer k'", "-p figure 'l0'", "-p others 5"):
-        assert flag in compare
     assert plan("compare").stdout.strip().endswith("experiment.py compare_runs") and plan("runs").stdout.strip().endswith("experiment.py runs")
-    assert "remove 'x' yes" in plan("remove", "RUN=x", "YES=1").stdout and plan("remove", "RUN=x").stdout.strip().endswith("remove 'x'")
+    assert 'remove "$RUN" yes' in plan("remove", "RUN=x", "YES=1").stdout and plan("remove", "RUN=x").stdout.strip().endswith('remove "$RUN"')
     assert "say which run" in plan("remove").stderr
     for word in experiment.KEPT:
         with pytest.raises(u.UserError, match="is kept for other things"):
@@ -406,7 +421,7 @@ def test_the_notebook_on_made_up_runs(tmp_path, capsys):
     hostile = "<script>alert(1)</script> $$"
     for seed in (0, 1):
         for k, fvu, l0 in ((4, 0.5, 4.0), (8, 0.25, 8.0)):
-            make_run(tmp_path, f"k{k}-{seed}", seed=seed, k=k, fvu=fvu + seed / 16, l0=l0, rise=fvu - 0.375)
+            make_run(tmp_path, f"k{k}-{seed}", seed=seed, k=k, fvu=fvu + seed / 16, l0=l0, rise=0.375 - fvu + seed / 16)  # the lowest fvu has not the lowest rise
         make_run(tmp_path, f"relu-{seed} $1", seed=seed, architecture="relu", fvu=0.75, l0=20.0, doctor=[hostile])
     make_run(tmp_path, "other-layer", layer=2)
     cut("metrics.json")(make_run(tmp_path, "spoilt"))
@@ -423,6 +438,8 @@ def test_the_notebook_on_made_up_runs(tmp_path, capsys):
     assert page.count("<script>") == 1 and "&lt;script&gt;alert(1)" in page and not re.search(r'(src|href)="(?!data:)', page) and "url(" not in page
     drawn = [base64.b64decode(data).decode() for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)]
     assert len(drawn) == 6 and all("<svg" in svg for svg in drawn)  # two fronts, a heatmap, two of curves, one of stability
+    assert "Lowest fvu 0.2500 at an L0 of 8.0 (k8-0); lowest rise of cross-entropy -0.1250 nats at an L0 of 4.0 (k4-0)." in page
+    assert re.search(r"k8-0\s*<br>\s*fvu 0.2500, L0 8.0.*?k4-0\s*<br>\s*ce_increase -0.1250, L0 4.0|k8-0\nfvu 0.2500, L0 8.0.*?k4-0\nce_increase -0.1250, L0 4.0", page, re.DOTALL), "the table of best runs"
     for text in ("spoilt", "metrics.json is cut off", "hook_name: model.layers.2.mlp.down_proj", "k4-0 and k8-0", "relu-0 $1*", "1 of 8 folders are not compared"):
         assert text in page, text
     data = (out / "compare.pdf").read_bytes()

@@ -1,5 +1,7 @@
 """Tiny models of many families: the hook is found, rows are right, edits land, the norm after the hook is known by what it does."""
 
+import json
+
 import pytest
 import test_activations
 import torch
@@ -10,6 +12,7 @@ import editing
 import features
 import fidelity
 import harvest
+import patching
 import sae_utils as u
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}
@@ -188,11 +191,78 @@ def test_token_effects_against_finite_differences(family, changes, fresh_seed):
     assert common / 20 >= 9
 
 
-def test_layers_that_are_changed_in_place_afterwards(folder, tokenizer):
-    """Falcon's layers add the attention's output to the MLP's in place: harvested together as each alone."""
-    model = tiny("falcon")
-    hooks, loaded = [f"transformer.h.{layer}.mlp.dense_4h_to_h" for layer in (0, 1)], loaded_params(folder, model, tokenizer)
+@pytest.mark.parametrize("hook", ["mlp.dense_4h_to_h", "self_attention.dense", "self_attention", "mlp"])
+def test_layers_that_are_changed_in_place_afterwards(hook, folder, tokenizer):
+    """Falcon's layers add the attention's output to the MLP's in place: harvested together as each alone, and as a copy made at once."""
+    model, copied = tiny("falcon", hidden_size=64, num_hidden_layers=2), {}
+    hooks, loaded = [f"transformer.h.{layer}.{hook}" for layer in (0, 1)], loaded_params(folder, model, tokenizer)
     together = harvest.fill(model, tokenizer, hooks, loaded, folder / "together")
-    for hook in hooks:
-        alone = harvest.fill(model, tokenizer, [hook], loaded, folder / "alone")[hook]
-        assert (alone / "rows.bin").read_bytes() == (together[hook] / "rows.bin").read_bytes()
+    for name in hooks:
+        alone = harvest.fill(model, tokenizer, [name], loaded, folder / "alone")[name]
+        assert (alone / "rows.bin").read_bytes() == (together[name] / "rows.bin").read_bytes()
+        rows = harvest.open_rows(together[name])
+        handle = model.get_submodule(name).register_forward_hook(lambda module, args, out: copied.update(out=u.first_output(out).clone()))
+        model(input_ids=torch.tensor([rows.windows[0]]), use_cache=False)
+        handle.remove()
+        here = rows.window == 0
+        torch.testing.assert_close(rows.activations[here], copied["out"][0, rows.position[here]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_gradients_where_the_output_is_changed_in_place(layer, fresh_seed):
+    """The output as it was when the module returned it, and the gradient with respect to it, by finite differences."""
+    model, hook = tiny("falcon", hidden_size=64, num_hidden_layers=2).double(), f"transformer.h.{layer}.mlp.dense_4h_to_h"
+    ids = torch.tensor([[3, *torch.randint(4, 24, (5,)).tolist()]])
+    (x,) = u.run_to_hooks(model, [hook], ids, None)
+    with editing.to_differentiate(model, hook) as caught:
+        value = model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)[7]
+        (gradient,) = torch.autograd.grad(value, caught["x"])
+    torch.testing.assert_close(caught["x"].detach().reshape(x.shape), x.clone(), rtol=1e-6, atol=1e-6)  # a float64 model still norms in float32 in places
+    direction = torch.randn(x.shape, dtype=torch.double)
+
+    def moved(step):
+        handle = model.get_submodule(hook).register_forward_hook(lambda module, args, out: out + step * direction.reshape(out.shape))
+        result = model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)[7].item()
+        handle.remove()
+        return result
+
+    slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
+    assert (gradient.reshape(x.shape) * direction).sum().item() == pytest.approx(slope, rel=1e-2, abs=1e-3 * abs(slope) + 1e-5)
+
+
+def test_every_stage_with_a_head_narrower_than_the_layers(folder, tokenizer):
+    """OPT-350m's shape: what follows the training runs through, on logits of the whole model."""
+    model = tiny("opt", **NARROW)
+    hook, sae = hook_of(model), u.SAE(16, 40, seed=1).requires_grad_(False)
+    rows = harvest.get_rows(model, tokenizer, hook, loaded_params(folder, model, tokenizer), folder / "activations")
+    texts = [rows.windows[w] for w in range(6)]
+    sums = fidelity.text_sums(model, tokenizer, fidelity.arms(hook, sae.mean, sae=lambda x: fidelity.through_sae(sae, x)), texts)
+    logits = [model(input_ids=torch.tensor([text])).logits[0, :-1].log_softmax(-1) for text in texts]
+    expected = [-logp.gather(1, torch.tensor(text[1:])[:, None]).sum().item() for logp, text in zip(logits, texts, strict=True)]
+    torch.testing.assert_close(sums[:, 0, 0], torch.tensor(expected, dtype=torch.double), rtol=1e-4, atol=1e-4)
+    assert len(features.token_effects(model, hook, sae, texts, u.special_ids(tokenizer))["promoted"]) == 40
+    prompt, latents = texts[0][:6], list(range(40))
+    exact = patching.ablation_effects(model, tokenizer, hook, sae, prompt, 7, latents)
+    assert exact.abs().max() > 0 and patching.rank_correlation(exact, patching.gradient_effects(model, tokenizer, hook, sae, prompt, 7)) > 0.5
+    assert features.measured_effect(model, tokenizer, hook, sae, 0, rows, torch.arange(3))["kl"] >= 0
+
+
+@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
+def test_a_program_that_comes_with_a_model_is_not_run_and_not_asked_about(part, folder, capfd, monkeypatch):
+    """A model of a kind of its own is refused; a tokenizer that transformers can do without its program is loaded without it."""
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
+    (folder / "model" / "mine.py").write_text('raise SystemExit("this was run")')
+    about = json.loads((folder / "model" / part).read_text())
+    if part == "config.json":
+        about |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    else:
+        about |= {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["mine.MyTokenizer", None]}}
+    (folder / "model" / part).write_text(json.dumps(about))
+    for call in (lambda: u.find_hook(str(folder / "model"), 1), lambda: u.load_model(str(folder / "model"))):
+        if part == "config.json":
+            with pytest.raises(u.UserError, match="comes with a program of its own .trust_remote_code., which is never run here"):
+                call()
+        else:
+            call()
+    said = capfd.readouterr()
+    assert "[y/N]" not in said.out + said.err and "this was run" not in said.out + said.err

@@ -3,16 +3,20 @@
 import base64
 import gzip
 import json
+import random
 import re
+import shlex
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+import yaml
 from conftest import HOOK, gemma, gpt2, loaded_params, word_tokenizer
 
 import browser
+import experiment
 import features
 import harvest
 import patching
@@ -93,7 +97,7 @@ def test_surroundings_are_the_tokens_and_activations_around(rows, sparse_sae):
 
 
 @pytest.mark.parametrize("family", ["gemma", "gpt2"])
-def test_token_effects_against_finite_differences(family, fresh_seed):
+def test_token_effects_against_finite_differences(family, fresh_seed, monkeypatch):
     """In the last layer the direct path is all there is: logits move as told when the hook's output is pushed."""
     model, tokenizer = (gemma(), word_tokenizer()) if family == "gemma" else (gpt2(), word_tokenizer())
     model = model.double()
@@ -109,6 +113,7 @@ def test_token_effects_against_finite_differences(family, fresh_seed):
         handle.remove()
         return result
 
+    off = 0
     for latent in range(20):
         step = 1e-2 * sae.W_dec[latent].double()
         slope = (logits(step) - logits(-step)) / 2e-2  # Gemma's norms compute in float32, so the step is not too small
@@ -116,6 +121,12 @@ def test_token_effects_against_finite_differences(family, fresh_seed):
         mine[found["promoted"][latent].long()] = found["promoted_by"][latent].double()
         torch.testing.assert_close(mine, slope, rtol=0, atol=3e-3 * slope.abs().max().item())
         assert found["promoted"][latent].tolist() == found["suppressed"][latent].flip(0).tolist()
+        bins, _ = np.histogram(slope, features.LOGIT_BINS)
+        off += np.abs(found["logit_histogram"][latent].numpy() - bins).sum() // 2  # one near an edge may be in the next bin
+        assert found["logit_histogram"][latent].sum() == 24 and found["logit_histogram"][latent, [0, -1]].min() >= 1
+    assert off <= 5
+    monkeypatch.setattr(features, "LOGITS", 10)
+    assert (features.token_effects(model, hook, sae, [window], u.special_ids(tokenizer), k=24, most=1)["logit_histogram"].sum(1) == 8).all()  # every third
 
 
 HOSTILE = ["<script>alert(1)</script>", "</script><b>", "<!--", '"quoted"', "'", "$x$", "\\", "日本", "🙂", "\x00\x1b", "\n", "\u2028", "&lt;", "plain"]
@@ -221,7 +232,10 @@ def spread_page(tmp_path, kind):
     found["promoted"][1, 4] = tokenizer("phoon", add_special_tokens=False)["input_ids"][0]
     found["promoted"][1, 5] = tokenizer("Ω", add_special_tokens=False)["input_ids"][0]
     density, path = torch.tensor([0.1, 0.2, 0.3]), tmp_path / "features.html"
-    features.write_page(path, "spread", found, density, torch.ones(3), as_text, {1: "Snow"})
+    stable = {"runs": np.array(["seed <1>"]), "stability": np.array([0.5, 0.75, 1]), "cosine": np.array([[0.5, 0.75, 1]]), "match": np.array([[7, 8, 9]])}
+    effects = {"0": {"kl": 0.25, "places": 16, "falls": [["<b>", -0.5]], "rises": []}}
+    about = {"run": "my run", "figures": [["fvu", "0.1234", "what it is"]], "rows": 1000, "effects": effects, "known": {"2": [["next", "<i>", True, 0.875, 0.5]]}, "stability": stable}
+    features.write_page(path, "spread", found, density, torch.ones(3), as_text, {1: "Snow"}, about)
     return path, placed, found | {"density": density, "max_act": torch.ones(3)}, as_text
 
 
@@ -229,10 +243,11 @@ def spread_page(tmp_path, kind):
 def test_characters_spread_over_tokens_are_whole_wherever_contexts_are_shown(tmp_path, kind, monkeypatch):
     path, placed, found, as_text = spread_page(tmp_path, kind)
     saved = {name: value.numpy() for name, value in found.items()}
-    data = page_data(path)
-    index = np.frombuffer(gzip.decompress(base64.b64decode(data["arrays"]["tokens"])), np.uint16).reshape(3, features.TOP + 10, -1)
-    promoted = np.frombuffer(gzip.decompress(base64.b64decode(data["arrays"]["promoted"])), np.uint16)
-    assert data["words"][promoted[0]] == as_text(int(found["promoted"][0, 0])) and data["words"][promoted[0]].startswith("\\x")
+    data, arrays = page_data(path)
+    promoted = data["words"][arrays["promoted"][0, 0]]
+    assert promoted == as_text(int(found["promoted"][0, 0])) and promoted.startswith("\\x")
+    if kind == "fallback":  # cut at the edge, and not
+        assert ["".join(shown_text(data, arrays, 2, place)) for place in (0, 1)] == ["a typhoon a ☃\\xe2\\x98", "a typhoon a ☃☃龘 a"]
     lines = []
     monkeypatch.setattr(report.Report, "tokens", lambda self, value, texts, *rest: lines.append("".join(texts)))
     with report.open_report(tmp_path / "a.pdf", "x") as pages:
@@ -241,7 +256,7 @@ def test_characters_spread_over_tokens_are_whole_wherever_contexts_are_shown(tmp
     assert "\ufffd" not in path.read_text(encoding="utf-8") + "".join(cards + lines)
     for (latent, place, ids), line in zip(placed, lines, strict=True):
         right = as_text.tokenizer.decode(ids).strip("\ufffd")  # a character that is cut at the edge is not to be seen there
-        pieces = [data["words"][i] for i in index[latent, place] if i != data["none"]]
+        pieces = shown_text(data, arrays, latent, place)
         assert len(pieces) == len(ids) and right in "".join(pieces) and right in line
         assert right in re.sub("<.*?>|‹", "", cards[latent])
 
@@ -251,22 +266,57 @@ def test_a_word_of_two_tokens_is_found_in_a_browser(tmp_path):
     path, placed, _, as_text = spread_page(tmp_path, "fallback")
     assert [as_text(i) for i in placed[0][2]][1:3] == [" ty", "phoon"]
     seen = browser.look(path, "Typhoon")
-    assert seen["found"] == ["2", "0"] and seen["groups"] == ["fires most on it: 2"] and not browser.mistakes(seen)
+    assert seen["found"] == ["0", "2"] and seen["groups"] == ["fires most on it: 2"] and not browser.mistakes(seen)
     seen = browser.look(path, "PHOON")
-    assert seen["found"] == ["2", "0", "1"] and seen["groups"] == ["fires most on it: 2", "promotes it: 1"]
+    assert seen["found"] == ["0", "2", "1"] and seen["groups"] == ["fires most on it: 2", "promotes it: 1"]
     seen = browser.look(path, "龘")  # latent 2 fires on it in a place from the tenths
     assert seen["found"] == ["1", "2", "0"] and seen["groups"] == ["fires most on it: 1", "fires on it: 1", "has it near where it fires: 1"]
     assert browser.look(path, "ω")["groups"] == ["promotes it: 1"]
+    seen = browser.look(path, "next = <i>")
+    assert seen["found"] == ["2"] and seen["groups"] == ["has it as label, number or known variable: 1"]
     seen = browser.look(path, "snow")
-    assert seen["found"] == ["1"] and seen["groups"] == ["has it as label or number: 1"]
-    assert seen["contexts"][:2] == ["a typhoon a ☃\\xe2\\x98", "a typhoon a ☃☃龘 a"]  # cut at the edge, and not
+    assert seen["found"] == ["1"] and seen["groups"] == ["has it as label, number or known variable: 1"]
+    file = tmp_path / "labels.csv"
+    file.write_text(seen["csv"], encoding="utf-8")
+    name = 'says "next", <img src=x onerror=seen.errors.push(1)>'
+    assert features.read_labels(file) == {1: "Snow"} | {int(seen["named_latent"]): name}  # the label that there was, and the new one
+    command, edit = seen["texts"]
+    assert command == features.patch_command("my run").replace("{latent}", seen["named_latent"])
+    file.write_text(edit)
+    assert patching.read_edits(file) == [{"latents": [int(seen["named_latent"])], "operation": "amplify", "strength": 4.0, "scope": "all"}]
     seen = browser.look(path, "“中")
     assert seen["found"] == ["0"] and seen["groups"] == ["has it near where it fires: 1"] and not browser.mistakes(seen)
 
 
-def page_data(path) -> dict:
-    text = path.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL).group(1))
+@pytest.mark.skipif(not browser.browser(), reason="no chromium is installed here")
+def test_hostile_tokens_stay_text_in_a_browser(tmp_path):
+    path, _, _ = hostile_page(tmp_path)
+    seen = browser.look(path, "</script><b>")
+    assert seen["errors"] == [] and seen["injected"] == 0 and seen["fetched"] == [] and seen["found"]
+    assert "<script>alert(1)</script>" in seen["text"] and not [m for m in browser.mistakes(seen) if m.split()[0] not in ("copied", "window_text")]
+
+
+def page_data(path) -> tuple[dict, dict[str, np.ndarray]]:
+    """The JSON of a page, and its arrays, one row for each live latent where there are so many values."""
+    text, arrays = path.read_text(encoding="utf-8"), {}
+    held = lambda name: re.search(f'<script type="[a-z/]+" id="{name}">(.*?)</script>', text, re.DOTALL).group(1)
+    data = json.loads(held("data"))
+    for part in ("table", "rest"):
+        raw, at = gzip.decompress(base64.b64decode(held(part))), 0
+        for name, kind, size in data[part]:
+            array = np.frombuffer(raw, kind, size, at)
+            at += array.nbytes
+            arrays[name] = array if name.startswith("text") else array.reshape(data["n"], -1)
+        assert at == len(raw)
+    return data, arrays
+
+
+def shown_text(data: dict, arrays: dict[str, np.ndarray], latent: int, place: int, around: bool = True) -> list[str]:
+    """The words around a place of a latent on the page, or all of its piece of text."""
+    at, starts = arrays["places"][latent, place], arrays["text_starts"]
+    piece = np.searchsorted(starts, at, side="right") - 1
+    before, after = (arrays["before"][latent, place], arrays["after"][latent, place]) if around else (at - starts[piece], starts[piece + 1] - 1 - at)
+    return [data["words"][i] for i in arrays["text"][at - before : at + after + 1]]
 
 
 def hostile_page(tmp_path, d_sae=30):
@@ -293,21 +343,19 @@ def test_tokens_cannot_break_out_of_the_page(tmp_path):
     text = path.read_text(encoding="utf-8")
     for bad in ("<script>alert", "<!--", "<i>label", "<b>", "\u2028"):
         assert bad not in text
-    assert text.count("<script") == 2 and "A page &amp; &lt;its&gt; title" in text
-    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", text)  # nothing is fetched
-    data = page_data(path)
-    assert set(data["words"]) == {"", *HOSTILE} and data["labels"] == {"7": "<i>label</i>"} and data["n"] == 29
-    unpack = lambda name, kind: np.frombuffer(gzip.decompress(base64.b64decode(data["arrays"][name])), kind)
+    assert text.count("<script") == 4 and "A page &amp; &lt;its&gt; title" in text
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", text) and "fetch(" not in text  # nothing is fetched
+    data, arrays = page_data(path)
+    assert set(data["words"]) == {"", *HOSTILE} and data["labels"] == {"7": "<i>label</i>"} and data["n"] == 29 and data["d_sae"] == 30
     live = [i for i in range(30) if i != 3]
-    assert unpack("latents", np.uint32).tolist() == live
-    words = np.array(data["words"], dtype=object)[unpack("tokens", np.uint16)].reshape(29, 20, 17)
-    assert words[4, 5, 6] == HOSTILE[found["tokens"][live[4], 5, 6]] and words[0, 0, 0] == ""
-    shades = unpack("shades", np.uint8).reshape(29, 20, 17)
-    np.testing.assert_allclose(shades[8, 2, 3], 255 * found["acts"][live[8], 2, 3].item(), atol=0.51)
-    fired = np.array(data["words"], dtype=object)[unpack("fired_tokens", np.uint16)].reshape(29, 5)
-    assert fired[11, 2] == HOSTILE[found["fired_tokens"][live[11], 2]]
-    np.testing.assert_allclose(unpack("fired_classes", np.uint8).reshape(29, 5)[6] / 255, found["fired_classes"][live[6]], atol=0.0025)
-    assert unpack("nearest", np.uint32).tolist() == found["nearest"][live].tolist()
+    assert arrays["latents"].flatten().tolist() == live
+    for latent, place in ((4, 5), (0, 0), (28, 19)):
+        expected = [HOSTILE[i] for i in found["tokens"][live[latent], place] if i >= 0]
+        assert shown_text(data, arrays, latent, place) == shown_text(data, arrays, latent, place, around=False) == expected and len(expected) == 16
+    np.testing.assert_allclose(arrays["shades"].reshape(29, 20, 17)[8, 2, 3], 255 * found["acts"][live[8], 2, 3].item(), atol=0.51)
+    assert data["words"][arrays["fired_tokens"][11, 2]] == HOSTILE[found["fired_tokens"][live[11], 2]]
+    np.testing.assert_allclose(arrays["fired_classes"][6] / 255, found["fired_classes"][live[6]], atol=0.0025)
+    assert arrays["nearest"].flatten().tolist() == found["nearest"][live].tolist()
 
 
 def test_tokens_cannot_break_out_of_a_cell(tmp_path):
@@ -324,9 +372,27 @@ def test_labels_are_read_and_a_wrong_line_is_named(tmp_path):
     assert features.read_labels(file) == {}
     file.write_text('latent,name\n3,colours\n\n17,"says, next: red"\n')
     assert features.read_labels(file) == {3: "colours", 17: "says, next: red"}
-    file.write_text("3,colours\nseven,x\n")
-    with pytest.raises(u.UserError, match="labels.csv, line 2: a line is a latent's number"):
+    for wrong, line in (("seven,x", 2), ("3;x", 1), ("-3,x", 1), ("3", 2), ("3,", 1), (",x", 2), ("²,x", 1), ("3 4,x", 2), ("x,latent", 1), ('4,"open', 1), ('4,"a" b', 2), ("9" * 400 + ",x", 1), ("a\0,x", 1)):
+        file.write_text("5,colours\n" * (line - 1) + wrong + "\n6,moods\n")
+        with pytest.raises(u.UserError, match=f"labels.csv, line {line}: ") as told:
+            features.read_labels(file)
+        assert "\n" not in str(told.value) and len(str(told.value)) < 300
+    file.write_text("3,a\r\n\r\n4,b\r\n3,c\r\n")
+    with pytest.raises(u.UserError, match="line 4: latent 3 has a name already, in line 1"):
         features.read_labels(file)
+    file.write_bytes("3,caf\xe9".encode("latin-1"))
+    with pytest.raises(u.UserError, match="labels.csv is not UTF-8"):
+        features.read_labels(file)
+
+
+def test_every_line_of_labels_is_used(tmp_path, fresh_seed):
+    chance, file = random.Random(fresh_seed), tmp_path / "labels.csv"
+    pieces = ["a", " b", '"', ",", "é", "\u2028", "\x0b", "'", "#", ";", "007", "\t"]
+    names = {chance.randrange(10**6): "x" + "".join(chance.choices(pieces, k=5)) + "y" for _ in range(50)}
+    for end in ("\n", "\r\n"):
+        quoted = "".join(f'{latent},"{name.replace(chr(34), chr(34) * 2)}"{end}' for latent, name in names.items())
+        file.write_bytes(("\ufeff" * (end == "\n") + quoted).encode())
+        assert features.read_labels(file) == names
 
 
 def test_shares_by_brute_force(rows, sparse_sae, tokenizer):
@@ -366,8 +432,9 @@ def test_nearly_equal_directions_are_listed():
     nearest, cosine, pairs = features.similar_directions(W_dec, chunk=17)
     unit = torch.nn.functional.normalize(W_dec.double(), dim=1)
     full = (unit @ unit.T).fill_diagonal_(-2)
-    torch.testing.assert_close(cosine.double(), full.max(1).values, rtol=0, atol=1e-5)
-    assert torch.equal(nearest, full.argmax(1)) and nearest[7] == 40
+    best = full.sort(1, descending=True)
+    torch.testing.assert_close(cosine.double(), best.values[:, :5], rtol=0, atol=1e-5)
+    assert torch.equal(nearest, best.indices[:, :5]) and nearest[7, 0] == 40 and features.similar_directions(W_dec[:3])[0].shape == (3, 2)
     expected = [(i, j) for i in range(60) for j in range(i + 1, 60) if full[i, j] > 0.9]
     assert [(i, j) for i, j, _ in pairs] == sorted(expected, key=lambda p: -full[p]) and (7, 40) in expected
 
@@ -385,7 +452,7 @@ def test_of_collapsed_latents_the_most_alike_are_listed():
         torch.testing.assert_close(torch.tensor(mine).double(), best, rtol=0, atol=1e-6)
     for i, j, value in pairs:
         assert value == pytest.approx(full[i, j].item(), abs=1e-6)
-    torch.testing.assert_close(cosine.double(), full.fill_diagonal_(-2).max(1).values, rtol=0, atol=1e-6)
+    torch.testing.assert_close(cosine.double(), full.fill_diagonal_(-2).topk(5).values, rtol=0, atol=1e-6)
 
 
 def test_measured_effect_against_an_ablation_by_hand(rows, sparse_sae, model, tokenizer):
@@ -428,6 +495,107 @@ def test_places_shown_are_the_top_ones_then_one_of_each_tenth(rows, sparse_sae):
         for place, row in enumerate([*found["top_rows"][latent], *found["decile_rows"][latent, :, 0]]):
             assert shown["tokens"][latent, place, features.AROUND] == (rows.token_ids[row] if row >= 0 else -1)
     torch.testing.assert_close(shown["acts"][:, : features.TOP, features.AROUND].float(), found["top_values"], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("most", [10**6, 1500, 0])
+def test_the_pages_text_is_that_around_its_places(rows, sparse_sae, most):
+    found = features.contexts(sparse_sae, rows.activations, torch.arange(len(rows)), rows.window_document[rows.window])
+    shown = features.shown_contexts(sparse_sae, rows, found, most)
+    n = (shown["places"].shape[1] - 10) // 10
+    assert n == {10**6: 3, 0: 1}.get(most, n)
+    rows_shown = torch.cat([found["top_rows"], found["decile_rows"][:, :, : 2 * n : 2].reshape(48, -1)], 1)
+    text, starts, places = shown["text"].tolist(), shown["text_starts"].tolist(), shown["places"]
+    assert places.shape == (48, 10 + 10 * n) and torch.equal(places < 0, rows_shown < 0) and (len(text) <= most or n == 1)
+    assert starts[0] == 0 and starts[-1] == len(text) and all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    for latent, place in (places >= 0).nonzero()[::7].tolist():
+        row, at = rows_shown[latent, place], places[latent, place].item()
+        piece = np.searchsorted(starts, at, side="right") - 1
+        window, position = rows.windows[rows.window[row]], rows.position[row].item()
+        begin = at - position if most == 10**6 else max(starts[piece], at - features.AROUND)
+        first = position - (at - begin)
+        assert first >= 0 and text[begin : at + 1] == window[first : position + 1] and first == max(0, first)
+        if most == 10**6:  # whole windows
+            assert starts[piece] == begin and starts[piece + 1] - begin == len(window)
+        else:
+            assert first <= max(0, position - features.AROUND) and starts[piece + 1] - at > min(features.AROUND, len(window) - 1 - position)
+    torch.testing.assert_close(shown["place_acts"][:, :10], shown["acts"][:, :10])
+    torch.testing.assert_close(shown["place_acts"][:, 10::n], shown["acts"][:, 10:])
+
+
+def test_text_by_hand():
+    flat, starts = np.arange(100, 120), np.array([0, 6, 13, 20])
+    around = lambda reach: [part.tolist() for part in features.text_around(flat, starts, torch.tensor([2, 0, 0]), torch.tensor([3, 1, 4]), reach)]
+    assert around(0) == [[101, 104, 116], [0, 1, 2, 3], [2, 0, 1]]
+    assert around(1) == [[100, 101, 102, 103, 104, 105, 115, 116, 117], [0, 6, 9], [7, 1, 4]]
+    assert around(None) == [[*range(100, 106), *range(113, 120)], [0, 6, 13], [9, 1, 4]]
+
+
+@pytest.mark.parametrize("chunk", [256, 7])
+def test_latents_that_fire_together_by_brute_force(rows, sparse_sae, chunk):
+    index = torch.randperm(len(rows))[:900].sort().values
+    got = features.firing_together(sparse_sae, rows.activations, index, chunk=chunk)
+    fires = (sparse_sae.encode(rows.activations[index]) > 0).double()
+    both, n, a = fires.T @ fires, len(index), fires.sum(0)
+    phi = torch.corrcoef(fires.T)  # of zeros and ones: phi
+    known = (n * both - a[:, None] * a) / (a[:, None] * a * (n - a[:, None]) * (n - a)).sqrt()
+    torch.testing.assert_close(phi, known, equal_nan=True)
+    phi = phi.nan_to_num(0).masked_fill(both < 5, 0).fill_diagonal_(0).clamp_min(0)
+    best = phi.topk(5, dim=1)
+    torch.testing.assert_close(got["together_phi"].double(), best.values, rtol=0, atol=1e-6)
+    there = got["together"] >= 0
+    assert torch.equal(there, best.values > 0) and (got["together"][5] == -1).all() and there.any()
+    latent, column = there.nonzero(as_tuple=True)
+    torch.testing.assert_close(phi[latent, got["together"][latent, column]], got["together_phi"][latent, column].double(), rtol=0, atol=1e-6)
+    few = features.firing_together(sparse_sae, rows.activations, index, most=100)
+    assert torch.isfinite(few["together_phi"]).all() and (few["together"] >= -1).all()
+
+
+def test_selectivity_by_hand():
+    tokens = np.arange(3 * 20 * 17).reshape(3, 20, 17)  # all different
+    middle = features.AROUND
+    tokens[0, :4, middle + 1] = 9999  # 4 of 10 strongest places are before the same token: 6 of 45 pairs
+    tokens[0, 10:15, middle + 1] = 9999  # and 5 of 10 of the tenths: 10 of 45
+    tokens[1, :, middle - 2] = -1
+    tokens[1, :10, middle] = 7  # all strongest places, no other two
+    tokens[2, :, [middle - 3, middle + 2]] = 5  # too far away
+    value, offset = features.selectivity(tokens)
+    assert value.tolist() == pytest.approx([(6 / 45 + 10 / 45) / 2, 0.5, 0]) and offset[:2].tolist() == [1, 0]
+    lacking = tokens[:1].copy()
+    lacking[:, 2:10] = -1  # two strongest places are left, alike: one pair of 45
+    assert features.selectivity(lacking)[0].item() == pytest.approx((1 / 45 + 10 / 45) / 2)
+
+
+def test_what_a_runs_folder_says(tmp_path):
+    as_text = lambda token: f"<{token}>"
+    assert features.about_run(tmp_path, as_text)["run"].endswith(tmp_path.name) and len(features.about_run(tmp_path, as_text)) == 1
+    assert features.about_run(u.ROOT / "runs" / "demo one", as_text)["run"] == "demo one"
+    effect = {"places": 16, "kl": 0.5, "falls": [[3, -0.25]], "rises": []}
+    u.write_json(tmp_path / "metrics.json", {"fvu": 0.01234, "l0": 7.0, "rows": 1234, "ce_recovered": None, "fidelity": {"sae": {"ce_increase": [0.1, -0.02, 0.3]}}, "effects": {"7": effect}})
+    lines = ["variable,value,hidden,latent,threshold,f1_trained,f1_pca", "colour,red,True,7,0.25,0.5,0.9", "colour,blue,False,7,0.5,0.75,0.9", "food,any,True,2,0.1,0.4,0.1"]
+    (tmp_path / "known.csv").write_text("\n".join(lines) + "\n")
+    about = features.about_run(tmp_path, as_text)
+    assert [figure[:2] for figure in about["figures"]] == [["fvu", "0.0123"], ["l0", "7.0"], ["rows", "1,234"], ["CE increase", "+0.1000 (-0.0200 to +0.3000)"]]
+    assert about["rows"] == 1234 and about["effects"] == {"7": effect | {"falls": [["<3>", -0.25]]}}
+    assert about["known"] == {"7": [["colour", "blue", False, 0.75, 0.5], ["colour", "red", True, 0.5, 0.25]], "2": [["food", "any", True, 0.4, 0.1]]}
+
+
+@pytest.mark.parametrize("run", ["demo", "my run", "it's"])
+def test_the_command_of_a_latent_is_what_make_patch_takes(run):
+    """What a shell makes of it: RUN, and P, which a shell takes apart again, as papermill's flags."""
+    make, patch, name, flags = shlex.split(features.patch_command(run).replace("{latent}", "12"))
+    assert (make, patch, name) == ("make", "patch", f"RUN={run}") and flags.startswith("P=")
+    flag, text = shlex.split(flags[2:])
+    params = experiment.check_params("patch_neurons", yaml.safe_load(text))
+    assert flag == "-y" and params["latents"] == [12] and params["name"] == "latent-12"
+
+
+def test_the_words_a_latent_fires_on_by_hand():
+    """A token that goes on with a character stands as that one and ‹; what began before the piece does not."""
+    words = ["", " a", "☃", "b"]  # 0: no token, and what goes on with a character
+    text, starts = np.array([1, 2, 0, 0, 3, 0, 3, 1]), np.array([0, 5, 8])
+    places = np.array([[2, 3, 1, 4], [6, 7, 4, 6], [5, -1, -1, -1], [-1, -1, -1, -1]])
+    found = features.firing(text, starts, places, words, none=99, n=3)
+    assert words[4:] == ["☃‹"] and found.tolist() == [[4, 2, 3], [3, 1, 99], [0, 99, 99], [99, 99, 99]]
 
 
 def test_kinds_that_a_latent_mostly_fires_on():

@@ -730,7 +730,7 @@ def test_export_of_a_run(tmp_path, capsys):
     (run / "params.json").write_text(json.dumps({"parameters": {"architecture": "batchtopk", "k": 3}}))
     with pytest.raises(sae_utils.UserError, match="is not finished"):
         experiment.export(str(run), "saelens")
-    (run / ".done").touch()
+    (run / ".done").write_text("finished\n")
     assert experiment.main(["export", str(run), "saelens"]) == 0 and "cfg.json" in capsys.readouterr().out
     assert formats.load(str(run / "export" / "saelens")).architecture == "jumprelu"
     assert experiment.main(["export", str(run), "safetensors", str(tmp_path / "there")]) == 0 and (tmp_path / "there" / "sae.json").exists()

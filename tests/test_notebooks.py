@@ -94,7 +94,8 @@ def test_the_sae_is_better_than_what_knows_nothing(run):
     for baseline in ("kmeans", "pca", "untrained"):
         for figure, better in (("ce_increase", -1), ("kl", -1), ("top1_changed", -1), ("fvu", -1), ("ce_recovered", 1), ("cosine", 1)):
             mine, theirs = figures["sae"][figure], figures[baseline][figure]
-            assert better * (mine[0] - theirs[0]) > 0 and (mine[1] > theirs[2] or mine[2] < theirs[1]), (baseline, figure)  # intervals apart
+            assert better * (mine[0] - theirs[0]) > 0, (baseline, figure)
+            assert figure == "top1_changed" or mine[1] > theirs[2] or mine[2] < theirs[1], (baseline, figure)  # intervals apart; of first choices few change
         assert abs(figures[baseline]["l0"][0] - (1 if baseline == "kmeans" else figures["sae"]["l0"][0])) < 0.6
     for arm in figures.values():
         for value, low, high in filter(None, arm.values()):
@@ -157,7 +158,7 @@ def test_the_saved_sae_is_the_one_that_was_scored(run, tiny):
     model, tokenizer = u.load_model(params["model_name"])
     rows = harvest.get_rows(model, tokenizer, sae.config["hook_name"], sae.config, run.parent / "activations")
     train, held_out = harvest.split_windows(rows.window_document, params["held_out_fraction"])
-    _, judging, apart = fidelity.watch_and_judge(held_out, rows.window_document, seed=params["seed"])
+    _, judging, apart = fidelity.watch_and_judge(held_out, rows.window_document)
     index = judging[rows.window].nonzero().flatten()
     assert apart and 0 < metrics["watched_rows"] < 0.2 * len(index)
     torch.testing.assert_close(sae.mean.double(), rows.activations[train[rows.window]].double().mean(0), rtol=1e-4, atol=1e-5)

@@ -22,6 +22,7 @@ import experiment
 import harvest
 import patching
 import sae_utils as u
+import typed
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 PARAMS = sorted((ROOT / "params").glob("*.yaml"))
@@ -47,7 +48,9 @@ def test_params_files_fit_the_notebook(path):
     given, declared = yaml.safe_load(path.read_text()), experiment.declared_params(notebook_of(path))
     assert path.read_text().startswith("#"), "the first line says why the file exists"
     for name, value in given.items():
-        assert type(value).__name__ == declared[name].type, name
+        assert type(value).__name__ == declared[name].type.partition("[")[0], name
+    assert typed.parameters(["-f", str(path)]).keys() == given.keys()
+    assert experiment.check_params(notebook_of(path), typed.parameters(["-f", str(path)])) == experiment.check_params(notebook_of(path), given)
     experiment.check_params(notebook_of(path), given)
 
 
@@ -69,10 +72,10 @@ def test_reference_file_is_the_notebooks_defaults():
     ("given", "message"),
     [
         ({"l1_coef": 1e-3}, "no parameter l1_coef. Did you mean l1_coeff"),
-        ({"lr": "fast"}, "lr must be a number .above 0., not 'fast'"),
-        ({"lr": -1.0}, "lr must be a number .above 0., not -1.0"),
+        ({"lr": "fast"}, "lr must be a number .above 0 to 10., not 'fast'"),
+        ({"lr": -1.0}, "lr must be a number .above 0 to 10., not -1.0"),
         ({"lr": float("nan")}, "lr must be a number"),
-        ({"epochs": 2.5}, "epochs must be a whole number .from 1., not 2.5"),
+        ({"epochs": 2.5}, "epochs must be a whole number .1 to 1_000_000., not 2.5"),
         ({"epochs": 0}, "epochs must be"),
         ({"epochs": True}, "epochs must be a whole number"),
         ({"epochs": None}, "epochs must be a whole number"),
@@ -86,9 +89,9 @@ def test_wrong_parameters_are_named(given, message):
         experiment.check_params("sae_training", given)
 
 
-def test_words_that_papermill_and_yaml_leave_as_text():
-    checked = experiment.check_params("patch_neurons", {"keep_error": "false", "strength": "1e1", "name": 7})
-    assert checked["keep_error"] is False and checked["strength"] == 10.0 and checked["name"] == "7"
+def test_words_that_say_what_was_declared():
+    checked = experiment.check_params("patch_neurons", {"keep_error": "false", "strength": "1e1", "latents": "17"})
+    assert checked["keep_error"] is False and checked["strength"] == 10.0 and checked["latents"] == [17]
     assert isinstance(experiment.check_params("sae_training", {"lr": 1})["lr"], float)
 
 
@@ -115,7 +118,7 @@ def test_a_name_with_other_parameters_is_refused(folder):
     with pytest.raises(u.UserError, match="lr was 0.003, now 0.001") as refusal:
         experiment.start_run(params | {"lr": 1e-3})
     assert "epochs" not in str(refusal.value) and (run_dir / "params.json").read_text() == before
-    (run_dir / ".done").touch()
+    (run_dir / ".done").write_text("finished\n")
     with pytest.raises(u.UserError, match="is finished"):
         experiment.start_run(params)
 
@@ -264,7 +267,7 @@ def test_patching_needs_a_finished_run(folder):
         ("-p l1_coef 1e-3", "Did you mean l1_coeff?"),
         ("-p lr fast", "parameter lr must be a number"),
         ("-f params/missing.yaml", "params/missing.yaml"),
-        ("-x 3", "papermill flags"),
+        ("-x 3", "-x is not understood: parameters are given as -p NAME VALUE"),
     ],
 )
 def test_launching_with_a_mistake_ends_at_once_with_one_sentence(flags, sentence, folder, capsys):

@@ -189,10 +189,10 @@ def test_a_run_that_is_not_there(capsys):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [([], ["saelens"]), (["DRY_RUN=1"], ["saelens", "dry"]), (["PRIVATE=0", "FORMAT=safetensors"], ["safetensors", "public"]), (["DRY_RUN=0", "PRIVATE=1"], ["saelens"])],
+    [([], ["saelens"]), (["DRY_RUN=1"], ["saelens", "dry"]), (["PRIVATE=0", "FORMAT=safetensors"], ["$FORMAT", "public"]), (["DRY_RUN=0", "PRIVATE=1"], ["saelens"])],
 )
 def test_the_job_and_its_words(given, words):
     plan = ["make", "-n", "-o", ".venv/.ready", "publish", "RUN=x", "REPO=a/b", *given]
     line = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.sub(r"[\\'\s]+", " ", line).split()[2:] == ["publish", "runs/x", "a/b", *words]
+    assert re.sub(r"[\\\"\s]+", " ", line).split()[2:] == ["publish", "runs/$RUN", "$REPO", *words]
     assert subprocess.run(plan[:-1 - len(given)], cwd=ROOT, capture_output=True, check=False).returncode == 2  # without REPO

@@ -1,14 +1,20 @@
 """What the report decides: its sentences, its tables, what stands on its pages; and that hostile text reaches them whole."""
 
 import csv
+import json
 import logging
+import os
 import re
+import time
 from html import escape
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
@@ -46,17 +52,23 @@ def kept():
     tokens[4, 5:] = -1  # a latent that fires five times
     acts = generator.random((16, 20, 17)).astype(np.float16)
     ids = generator.integers(0, len(HOSTILE), (16, 10)).astype(np.int32)
-    return {"tokens": tokens, "acts": acts, "promoted": ids, "suppressed": ids[:, ::-1], "density": np.full(16, 0.125, np.float32), "max_act": np.linspace(0, 2, 16, dtype=np.float32)}
+    share = generator.dirichlet(np.ones(6), 16).astype(np.float32)[:, :5]
+    return {
+        "tokens": tokens, "acts": acts, "promoted": ids, "suppressed": ids[:, ::-1], "density": np.full(16, 0.125, np.float32), "max_act": np.linspace(0, 2, 16, dtype=np.float32),
+        "fired_tokens": ids[:, :5], "fired_tokens_share": share, "decile_rows": np.zeros((16, 10, 5), np.int32),
+    }  # fmt: skip
 
 
 @pytest.fixture
 def written(monkeypatch):
-    """Every text put onto a page, with the number of its page."""
+    """Every text put onto a page, with the number of its page. None may leave it."""
     texts, put = [], report.Report.put
 
     def keep(self, x, text, **style):
         texts.append((self.number + 1, text))
         put(self, x, text, **style)
+        box = self.fig.texts[-1].get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= self.fig.bbox.width - 20 and box.y0 >= 0, text
 
     monkeypatch.setattr(report.Report, "put", keep)
     return texts
@@ -97,6 +109,18 @@ def test_csv_is_read_back(tmp_path):
     report.write_csv(tmp_path / "a.csv", rows)
     back = list(csv.DictReader((tmp_path / "a.csv").open(encoding="utf-8", newline="")))
     assert [row["token"] for row in back] == HOSTILE[:-1] and float(back[1]["f1"]) == 1 / 3 and list(back[0]) == ["token", "f1", "hidden"]
+
+
+def test_the_strength_curve_by_hand():
+    density, strength, mean = torch.tensor([0.5, 0.0, 0.25, 0.125]), torch.tensor([1.0, 0.0, 4.0, 2.0]), torch.tensor([0.5, 0.0, 2.0, 1.0])
+    assert report.half_of(density * mean) == 1 and report.half_of(torch.ones(10)) == 5 and report.half_of(torch.tensor([3.0, 1, 1, 1])) == 1
+    fig = plt.figure()
+    report.strength_curve(fig, density, strength, mean)
+    left, right = fig.axes
+    assert left.lines[1].get_ydata().tolist() == [4, 2, 1] and left.lines[0].get_ydata().tolist() == [2, 1, 0.5]
+    assert right.lines[0].get_ydata() == pytest.approx([4 / 7, 6 / 7, 1]) and right.get_title() == "half of all activation is that of 1 latents"
+    assert left.get_title() == "half of the live ones exceed 2"
+    plt.close(fig)
 
 
 @pytest.mark.parametrize("n", [1, 5, 16, 48, 1000])
@@ -179,13 +203,16 @@ def test_a_report_of_hostile_text(tmp_path, metrics, kept, written):
     assert data[:5] == b"%PDF-" and len(re.findall(rb"/Type /Page\b", data)) == pages.number and [path.name for path in tmp_path.iterdir()] == ["report.pdf"]
     on = lambda page: "\n".join(text for number, text in written if number == page)
     head = ["org/$$, layer 3", "model.<layers>.$1, 8 wide, 16 latents (relu); text: 猫.txt", "first $$ 猫", "second", "too few of $$", "<script> is noticed"]
-    for text in [*head, "hook: -", "l1_coeff: 0.0003", "column: " + "x" * 49 + "…"]:
+    for text in [*head, "hook: -", "l1_coeff: 0.0003"]:
         assert text in on(1), text
+    assert "".join(on(1).split()).count("x" * 500) == 1 and "Title (" in data.decode("latin1")  # nothing is cut; the file knows its title
     assert "12,345" in on(2) and "'$$' (3, position 7)" in " ".join(on(2).split()) and "this" in on(2) and "+0.500" in on(2)
     rest = "\n".join(text for number, text in written if number > 3)
     assert "3 latents, from the rarest" in rest and "latent 9: $$ <b>猫</b>   density 12.500%, strength 1.20" in rest and "nothing moves" in rest
     assert rest.count("promotes ") >= 3 and "KL 0.5000" in rest and all(f"{word}: " in rest for word in report.DEFINITIONS)
-    assert "□" in report.plain("猫") and report.plain("a\n\x00$$") == "a··$$"
+    assert report.plain("a\n\x00$$") == "a··$$"
+    picked = [int(n) for n in re.findall(r"^latent (\d+)", "\n".join(text for number, text in written if number > 4), re.MULTILINE) if int(n) not in (0, 4, 9)]
+    assert picked == report.most_selective(kept, without=[0, 4, 9]) and len(picked) > 1
     with pytest.raises(KeyError), report.open_report(tmp_path / "half.pdf", "x") as pages:
         pages.page()
         raise KeyError
@@ -194,7 +221,8 @@ def test_a_report_of_hostile_text(tmp_path, metrics, kept, written):
 
 def test_a_latents_entry_shows_the_strongest_places_and_three_of_the_tenths(tmp_path, kept, monkeypatch):
     shown = []
-    monkeypatch.setattr(report.Report, "tokens", lambda self, value, pieces, shades, centre: shown.append((value, pieces, centre, max(shades))))
+    monkeypatch.setattr(report.Report, "tokens", lambda self, pieces, acts, highest, centre: shown.append((f"{acts[centre]:.2f}", pieces, centre, max(acts) / highest)))
+    monkeypatch.setattr(report, "most_selective", lambda kept, without: [])
     with report.open_report(tmp_path / "a.pdf", "x") as pages:
         report.latents(pages, kept, dict.fromkeys((15, 4), {"kl": 0.0, "falls": [], "rises": []}), HOSTILE.__getitem__, {})
     places = [0, 1, 2, 3, features.TOP, features.TOP + 5, features.TOP + 9]  # as features.shown_contexts lays them out
@@ -210,6 +238,55 @@ def test_settings_and_notes_when_there_are_few_or_none(tmp_path, metrics, writte
         report.first_page(pages, {"model_name": "m", "layer": 0, "dataset_name": "d"}, sae, metrics | {"doctor": [], "notices": []})
     texts = [text for _, text in written]
     assert "Neither the doctor nor a notice." in texts and [t for t in texts if t.startswith(("model_name:", "layer:", "dataset_name:"))] == ["model_name: m", "dataset_name: d", "layer: 0"]
+
+
+def test_the_most_selective_latents_by_hand(kept):
+    share, first = np.zeros((16, 5), np.float32), np.zeros((16, 5), np.int32)
+    share[:6], first[:6, 0] = [[0.5, 0.4, 0, 0, 0], [0.9, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]], [1, 2, 3, 1, 4, 5]
+    density, tenths = np.full(16, 0.1, np.float32), np.zeros((16, 10, 5), np.int32)
+    density[1], density[4], tenths[5, 9, 4] = 0.2, 0.0, -1  # 4 is dead, 5 has 49 places
+    few = kept | {"fired_tokens_share": share, "fired_tokens": first, "density": density, "decile_rows": tenths}
+    assert report.most_selective(few, n=3) == [2, 3, 1] and report.most_selective(few, n=9, without=[3]) == [2, 1, 0, 6]
+
+
+def test_what_our_font_lacks_is_drawn_in_an_installed_one_or_named(tmp_path, monkeypatch):
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("猫"): "cat"})
+    pen = TTGlyphPen(None)
+    for corner in ((0, 0), (0, 800), (800, 800), (800, 0)):
+        (pen.lineTo if corner != (0, 0) else pen.moveTo)(corner)
+    pen.closePath()
+    builder.setupGlyf({".notdef": pen.glyph(), "cat": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Only Cats", "styleName": "Regular", "psName": "OnlyCats"})
+    builder.setupOS2(sTypoAscender=800)
+    builder.setupPost()
+    builder.save(tmp_path / "cats.ttf")
+    own = [entry for entry in font_manager.fontManager.ttflist if entry.name.startswith("DejaVu")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    report.installed.cache_clear()
+    assert report.plain("猫犬") == "□□" and report.columns("a猫") == 3
+    font_manager.fontManager.addfont(tmp_path / "cats.ttf")
+    report.installed.cache_clear()
+    assert report.plain("猫犬") == "猫□" and report.fonts_for("a猫") == ["DejaVu Sans", "Only Cats"] and report.fonts_for("a") == ["DejaVu Sans"]
+    with report.open_report(tmp_path / "a.pdf", "x") as pages:
+        pages.page()
+        pages.tokens(["a 猫", "犬", " b"], [0.0, 1.0, 0.5], 1.0, 1)
+        report.definitions(pages)
+        last = pages.fig.texts[-1].get_text()
+    report.installed.cache_clear()
+    assert last == "□ stands for 1 characters that no installed font has (cjk); features.html shows them." and b"OnlyCats" in (tmp_path / "a.pdf").read_bytes()
+
+
+def test_when_and_by_what_it_was_made(tmp_path):
+    experiment.record_params(tmp_path / "params.json", {"a": 1})
+    os.utime(tmp_path / "params.json", (time.time() - 600,) * 2)
+    line, recorded = report.made(tmp_path / "params.json", "cpu"), json.loads((tmp_path / "params.json").read_text())
+    day = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime((tmp_path / "params.json").stat().st_mtime))
+    assert line.startswith(f"Begun {day}, this report 10 minutes later, on cpu; commit {recorded['git_commit'][:12]}; torch {torch.__version__}, transformers ")
+    assert report.title_of({"model_name": str(tmp_path), "layer": 3}) == f"{tmp_path.name}, layer 3" and report.title_of({"model_name": "org/m", "layer": 3}) == "org/m, layer 3"
 
 
 def test_overview_and_tensorboard(tmp_path, metrics):

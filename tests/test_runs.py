@@ -43,11 +43,7 @@ def test_make_knows_its_jobs():
         assert f"make {job}" in help_text
     plan = ["make", "-n", "-o", ".venv/.ready", f"PY={sys.executable}", "sweep", "LAYERS=1 2", "L1S=1e-4 3e-4", "SWEEP=try", "P=-p epochs 3"]
     lines = [line for line in subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines() if "sae_training" in line]
-    assert sum("-p run_dir runs/try-layer2-l1coeff0.0003" in line for line in lines) == 1 and len(lines) == 4
-    train = ["make", "-n", "-o", ".venv/.ready", "train", "LAYER=3", "MODEL=a/b", "SEED=1", "RUN=x", "PARAMS=params/tiny.yaml"]
-    out = subprocess.run(train, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for flag in ("-f params/tiny.yaml", "-p layer '3'", "-p model_name 'a/b'", "-p seed '1'", "-p run_dir 'runs/x'"):
-        assert flag in out
+    assert sum("-p run_dir runs/try-layer2-l1coeff0.0003" in line and "--words '-p epochs 3'" in line for line in lines) == 1 and len(lines) == 4
 
 
 def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
@@ -58,7 +54,8 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     assert experiment.main(["sae_training", *flags.split(), "-p", "n_activations", "1000000", "-p", "seq_len", "16"]) == 0
     run = folder / "runs" / "small"
     metrics = read(run / "metrics.json")
-    fewer, few_held_out, weight, warm_up, stopped, dense, wide, few_documents = metrics["notices"]
+    copies, fewer, few_held_out, weight, warm_up, stopped, dense, wide, few_documents = metrics["notices"]
+    assert copies == "the text holds 200 documents, 199 of them different: equal ones stand on one side of every split, and count as one."
     assert re.fullmatch(r"the text measured is 1\d documents: .*", few_documents)
     assert "is not less than the 16 dimensions" in dense and metrics["l0"] >= 16
     assert re.fullmatch(r"stopped after epoch (\d+) of 30: .* for 2 epochs.", stopped) and metrics["epochs"] < 30
@@ -71,7 +68,7 @@ def test_warnings_do_not_stop_a_run_and_are_kept(folder, monkeypatch):
     assert warm_up == f"the warm-up takes {planned // 20} of {planned} steps, a twentieth, in place of warmup_steps 500."
     assert re.fullmatch(rf"increase of CE .*: {metrics['ce_windows']} windows do not tell it well; .*", wide)
     outputs = [out for cell in nbformat.read(run / "sae_training.ipynb", 4).cells for out in cell.get("outputs", [])]
-    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 8
+    assert sum(out.get("text", "").count("Notice: ") for out in outputs) == 9
     leaks = [path for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
     assert not leaks
 

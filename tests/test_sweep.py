@@ -50,7 +50,7 @@ def read_plan(plan: str) -> tuple[dict[str, dict], dict[str, list]]:
         elif rest.startswith("| "):
             cells[target]["after"] = rest[2:]
         elif target in cells:
-            words = shlex.split(rest.removeprefix("SETTINGS :="))
+            words = shlex.split(rest.removeprefix("SETTINGS := "))
             assert words[::3] == ["-p"] * (len(words) // 3)
             cells[target] |= dict(zip(words[1::3], words[2::3], strict=True))
     return cells, rows
@@ -70,7 +70,7 @@ def test_a_grid_is_the_product_of_its_axes(folder, fresh_seed, trial):
         run_dir, after = cell.pop("run_dir"), cell.pop("after")
         assert target == run_dir + "/.done" and run_dir.startswith(str(folder / "runs" / "try-"))
         checked = experiment.check_params("sae_training", given(folder) | cell)
-        assert {name: checked[name] for name in here} == here and cell.keys() == here.keys()
+        assert {name: checked[name] for name in here} == here and cell.keys() == here.keys() | given(folder).keys()
         assert str(here.get("layer", 1)) in rows[after]
         for name in here.keys() & of_rows - {"layer"}:
             assert f"-{name.replace('_', '')}{here[name]}-" in after
@@ -86,7 +86,7 @@ def test_a_grid_is_the_product_of_its_axes(folder, fresh_seed, trial):
         ("k", "the axis k lacks a value"),
         ("k=1,,2", "the axis k=1,,2 lacks a value"),
         ("layr=1", "no parameter layr. Did you mean layer"),
-        ("k=4,many", "k must be a whole number .from 1., not 'many'"),
+        ("k=4,many", "k must be a whole number .1 to 1_000_000., not 'many'"),
         ("normalize=unit,none", "normalize must be text .unit . scale., not 'none'"),
         ("k=1,2 k=3", "names k twice"),
         ("lr=1e-3,0.001", "names lr=1e-3,0.001 twice"),
@@ -125,15 +125,16 @@ def test_names_of_sweeps_and_of_runs_that_are_taken(folder):
 
 
 def test_what_make_reads_is_what_was_given(folder):
-    awkward = folder / "it's $5 #1.txt"
-    awkward.write_text("the cat\n")
-    plan = sweep.plan("k=2", str(folder / "runs" / "try"), as_flags(given(folder)))
-    assert "$" not in plan and "#" not in plan
-    cell = f"dataset_name={awkward}".replace(" ", "_")  # a grid's values hold no spaces
-    plan = sweep.plan(cell, str(folder / "runs" / "try"), as_flags(given(folder)))
-    (folder / "plan.mk").write_text(plan + "\nall:\n\t@printf '%s\\n' $(SETTINGS)\nall: " + plan.splitlines()[2].partition(": ")[2] + "\n")
+    awkward = "it's $5 $(x) `y` #1 \\# \\"
+    cell = f"dataset_name={folder}/{awkward}".replace(" ", "_")  # a grid's values hold no spaces
+    flags = [*as_flags(given(folder)), "--words", f"-p text_column {shlex.quote(awkward)}"]
+    plan = sweep.plan(cell, str(folder / "runs" / "try"), flags)
+    settings = next(line for line in plan.splitlines() if "SETTINGS" in line).partition(": ")[2]
+    (folder / "plan.mk").write_text(plan + f"\nall:\n\t@printf '%s\\n' $(SETTINGS)\nall: {settings}\n")
     out = subprocess.run(["make", "-f", str(folder / "plan.mk"), "all"], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert out[:3] == ["-p", "dataset_name", cell.partition("=")[2]]
+    assert out[: len(flags) + 3] == [*flags, "-p", "dataset_name", cell.partition("=")[2]]
+    with pytest.raises(u.UserError, match="leave line breaks out"):
+        sweep.plan("k=2", str(folder / "runs" / "try"), [*flags, "-p", "hook", "a\nb"])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_make_shows_what_it_would_do(folder):
     cells = [line for line in out.splitlines() if "sae_training" in line]
     assert len(cells) == 4 and all(line.startswith("nice -n 5 ") for line in cells)
     for k, seed in itertools.product((3, 5), (0, 1)):
-        assert sum(f"-p layer 1 -p k {k} -p seed {seed} -p run_dir {folder}/runs/s-layer1-k{k}-seed{seed} " in line for line in cells) == 1
+        assert sum(f"-f {folder}/p.yaml -p layer 1 -p k {k} -p seed {seed} -p run_dir {folder}/runs/s-layer1-k{k}-seed{seed} " in line for line in cells) == 1
     assert sum(" activations '1' " in line for line in out.splitlines()) == 1 and not (folder / "runs").exists()
     refused = subprocess.run(**asked(folder, "k=3,x"), capture_output=True)
     assert refused.returncode == 2 and "Error: parameter k must be a whole number" in refused.stderr and not (folder / "runs").exists()
@@ -234,15 +235,15 @@ def figures(**changes) -> dict:
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"fvu": 1.0}', json.dumps(figures(fvu="low"))])
 def test_a_table_of_runs_whose_files_do_not_tell(tmp_path, capsys, content):
-    names = ("odd", "good", "none", "broken", "torn", "killed", "again")
+    names = ("odd", "good", "none", "broken", "torn", "jupyter", "again")
     for name in names:
         if name != "none":
             experiment.record_params(tmp_path / name / "params.json", experiment.check_params("sae_training", {}))
             (tmp_path / name / "sae_training.ipynb").write_text('{"metadata": {"papermill": {"duration": 90}}}')
-    (tmp_path / "killed" / "sae_training.ipynb").rename(tmp_path / "killed" / "sae_training.running.ipynb")
-    for name, text in (("odd", content), ("good", json.dumps(figures())), ("killed", json.dumps(figures()))):
+    (tmp_path / "jupyter" / "sae_training.ipynb").unlink()
+    for name, text in (("odd", content), ("good", json.dumps(figures())), ("jupyter", json.dumps(figures()))):
         (tmp_path / name / "metrics.json").write_text(text)
-        (tmp_path / name / ".done").touch()
+        (tmp_path / name / ".done").write_text("finished\n")
     error = {"output_type": "error", "ename": "ValueError", "evalue": "too few"}
     for name in ("broken", "again"):
         (tmp_path / name / "sae_training.failed.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "stream"}, error]}, {}]}))
