@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from bench import table
 
@@ -129,6 +131,23 @@ def front(options, recipes: dict) -> list[dict]:
     for arm in [arm for arm in through if arm.startswith(("PCA", "k-means"))]:
         results.append({"recipe": arm, "seed": 0, "fvu": (lambda sums: float(sums[1] / sums[2]))(of_rows(arm)), "l0": float(arm.removeprefix("PCA ")) if "PCA" in arm else 1.0, "dead": 0.0, "seconds": 0.0})
     return [result | {"ce_increase": rise[result["recipe"] if result["recipe"] in rise else f"{result['recipe']}, seed {result['seed']}"]} for result in results]
+
+
+def picture(path: Path, results: list[dict]) -> None:
+    """L0 against fvu and against the rise of cross-entropy: a line for each architecture, through the means of its settings, bars from seed to seed."""
+    fig, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    of = {}
+    for result in results:
+        of.setdefault(result["recipe"].split()[0].rstrip(","), {}).setdefault(result["recipe"], []).append(result)
+    for ax, figure, label in zip(panels, ("fvu", "ce_increase"), ("fvu, held out", "rise of cross-entropy (nats)"), strict=True):
+        for architecture, settings in of.items():
+            of_seeds = lambda name, settings=settings: np.array([[min(v), np.mean(v), max(v)] for v in ([r[name] for r in seeds] for seeds in settings.values())]).T
+            (x0, x, x1), (y0, y, y1) = of_seeds("l0"), of_seeds(figure)
+            order, style = x.argsort(), {"color": "0.6"} if architecture in ("PCA", "k-means") else {}
+            ax.errorbar(x[order], y[order], xerr=[(x - x0)[order], (x1 - x)[order]], yerr=[(y - y0)[order], (y1 - y)[order]], fmt="o-", ms=3, capsize=2, lw=1, label=architecture, **style)
+        ax.set(xscale="log", xlabel="L0 (latents active per token)", ylabel=label, ylim=(0, None))
+    panels[0].legend(fontsize="small")
+    fig.savefig(path, dpi=90)
 
 
 def on_text(options, recipes: dict) -> list[dict]:
@@ -260,6 +279,8 @@ def main() -> None:
         results = on_text(options, wanted(GRID if options.grid else RECIPES))
     table(options.model, results)
     what = Path(options.text if options.model in ("rows", "front") else options.model).name
+    if options.model == "front":
+        picture(ROOT / "runs" / f"quality-{what}-front.png", results)
     sae_utils.write_json(ROOT / "runs" / f"quality-{what}{'-grid' * options.grid}{'-front' * (options.model == 'front')}.json", results)
 
 

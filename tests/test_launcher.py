@@ -43,10 +43,10 @@ def played(folder, monkeypatch):
             self.calls += 1
             copy = {"cells": [], "metadata": {"papermill": {"end_time": None, "exception": None}}}
             Path(running).write_text(json.dumps(copy))
-            out_dir, claim = experiment.start_run(given)
+            out_dir, claim, _ = experiment.start_run(given)
             for name in ("sae.pth", "metrics.json", "report.pdf", "checkpoint.pth"):
                 (out_dir / name).write_text(f"{name} {self.calls}")
-            experiment.finish(out_dir)
+            experiment.finish(out_dir, "sae_training")
             claim.release()
             self.before_end()
             if self.whole:
@@ -101,12 +101,12 @@ def test_a_done_that_is_not_whole_says_nothing(played, content):
 
 def test_a_run_of_before_and_one_of_jupyter_are_finished_without_an_executed_copy(played):
     params, run, _ = played
-    out_dir, claim = experiment.start_run(params)
+    out_dir, claim, _ = experiment.start_run(params)
     claim.release()
     (out_dir / "sae.pth").touch()
     (out_dir / "checkpoint.pth").touch()
     (out_dir / "sae_training.running.ipynb").touch()  # of a launcher that was killed before
-    experiment.finish(out_dir)
+    experiment.finish(out_dir, "sae_training")
     assert (out_dir / ".done").read_text() == "finished\nparams.json\nsae.pth\n" and not (out_dir / "checkpoint.pth").exists() and experiment.is_finished(run)
     (run / ".done").write_text("finished\n")
     assert experiment.is_finished(run)

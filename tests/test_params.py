@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import datasets
 import filelock
 import huggingface_hub
+import nbformat
 import papermill
 import pytest
 import safetensors
@@ -112,15 +114,69 @@ def test_run_names():
 
 def test_a_name_with_other_parameters_is_refused(folder):
     params = training_params(folder)
-    run_dir, claim = experiment.start_run(params)
-    assert experiment.start_run(params) == (run_dir, claim)  # the same again: an unfinished run starts anew
+    run_dir, claim, finished = experiment.start_run(params)
+    assert experiment.start_run(params) == (run_dir, claim, None) and finished is None  # the same again: an unfinished run starts anew
     before = (run_dir / "params.json").read_text()
     with pytest.raises(u.UserError, match="lr was 0.003, now 0.001") as refusal:
         experiment.start_run(params | {"lr": 1e-3})
     assert "epochs" not in str(refusal.value) and (run_dir / "params.json").read_text() == before
     (run_dir / ".done").write_text("finished\n")
-    with pytest.raises(u.UserError, match="is finished"):
-        experiment.start_run(params)
+    with pytest.raises(u.UserError, match="lr was 0.003, now 0.001"):
+        experiment.start_run(params | {"lr": 1e-3})
+
+
+def test_a_finished_run_opens_again_and_no_file_of_it_is_touched(folder):
+    params = training_params(folder)
+    run_dir, claim, _ = experiment.start_run(params)
+    (run_dir / "labels.csv").write_text("3,three\n")
+    experiment.finish(run_dir, "sae_training")
+    claim.release()
+    state = lambda: {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run_dir.iterdir()}
+    before = state()
+    scratch, claim, finished = experiment.start_run(params)
+    assert finished == run_dir and claim is None and scratch != run_dir and {file.name for file in scratch.iterdir()} == {"params.json", "labels.csv"}
+    (scratch / "sae.pth").touch()
+    experiment.finish(scratch, "sae_training")
+    assert state() == before
+
+
+def test_params_say_how_the_code_differs_from_the_commit(tmp_path, monkeypatch):
+    """In a checkout of its own, with a parameters cell that somebody edited and saved."""
+    (tmp_path / "notebooks").mkdir()
+    text = (ROOT / "notebooks" / "sae_training.ipynb").read_text()
+    notebook, run = tmp_path / "notebooks" / "sae_training.ipynb", lambda *words: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True)
+    notebook.write_text(text)
+    (tmp_path / "sae_utils.py").write_text("1")
+    monkeypatch.setattr(u, "ROOT", tmp_path)
+    assert experiment.edited_defaults("sae_training") == [] and experiment.as_it_stands("sae_training")["changed_since_commit"] is None  # no checkout at all
+    run("init", "-q"), run("add", "."), run("commit", "-q", "-m", "x")
+    clean = experiment.as_it_stands("sae_training")
+    assert experiment.edited_defaults("sae_training") == [] and clean["changed_since_commit"] == []
+    assert text.count("epochs: int = 300") == 1
+    notebook.write_text(text.replace("epochs: int = 300", "epochs: int = 7").replace("lr: float = 3e-3", "lr: float = 1e-3"))
+    edited = experiment.as_it_stands("sae_training")
+    assert edited["changed_since_commit"] == ["notebooks/sae_training.ipynb"] and edited["notebook_digest"] != clean["notebook_digest"]
+    assert experiment.edited_defaults("sae_training") == ["defaults in sae_training.ipynb are not those of the commit: lr 0.001, not 0.003; epochs 7, not 300."]
+    outputs = json.loads(text)
+    outputs["cells"][2]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x"}]
+    notebook.write_text(json.dumps(outputs))
+    assert experiment.as_it_stands("sae_training")["notebook_digest"] == clean["notebook_digest"]  # outputs are no code
+
+
+def test_cells_that_were_run_in_jupyter_are_kept(tmp_path, monkeypatch):
+    import IPython
+
+    experiment.keep_cells(tmp_path / "a.ipynb")
+    assert not (tmp_path / "a.ipynb").exists()  # no notebook, nothing to keep
+    monkeypatch.setattr(IPython, "get_ipython", lambda: types.SimpleNamespace(user_ns={"In": ["", "epochs = 3", " ", "train(changed=True)"]}))
+    experiment.finish(tmp_path, "sae_training")
+    kept = nbformat.read(tmp_path / "sae_training.ipynb", 4)
+    nbformat.validate(kept)
+    assert [(c.cell_type, c.source, c.get("execution_count")) for c in kept.cells[1:]] == [("code", "epochs = 3", 1), ("code", "train(changed=True)", 3)]
+    monkeypatch.setenv(experiment.LAUNCHED, str(tmp_path / "b"))
+    (tmp_path / "b").mkdir()
+    experiment.finish(tmp_path / "b", "sae_training")  # the launcher puts the executed copy there itself
+    assert [file.name for file in (tmp_path / "b").iterdir()] == [".made"]
 
 
 def test_wrong_layer_and_hook(folder):
