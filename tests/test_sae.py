@@ -235,7 +235,7 @@ def test_a_relative_path_is_of_the_current_folder_first(sae, tmp_path, monkeypat
 def test_devices(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert u.pick_device("cpu") == "cpu" and u.pick_device("cpu:0") == "cpu:0" and chosen == []
+    assert u.pick_device("cpu") == "cpu" and u.pick_device("cpu:0") == "cpu" and chosen == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert u.pick_device("cuda:1") == "cuda:1" and chosen == ["cuda:1"] and u.pick_device() == "cuda"
     with pytest.raises(u.UserError, match="device tpu:0 is not available here"):
