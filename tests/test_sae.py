@@ -237,6 +237,7 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert u.pick_device("cpu") == "cpu" and u.pick_device("cpu:0") == "cpu" and chosen == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert u.pick_device("cuda:1") == "cuda:1" and chosen == ["cuda:1"] and u.pick_device() == "cuda"
     with pytest.raises(u.UserError, match="device tpu:0 is not available here"):
         u.pick_device("tpu:0")
