@@ -25,6 +25,7 @@ import operator
 import os
 import re
 import shutil
+import sys
 import time
 import unicodedata
 import warnings
@@ -69,6 +70,12 @@ def resolve(path: str | Path, base: Path | None = None) -> Path:
         return found
     except (ValueError, OSError, RuntimeError) as error:
         raise UserError(f"{text[:80]!r}{'…' * (len(text) > 80)} is no path: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def find(path: str | Path) -> Path:
+    """As `resolve`, but for a relative path that exists from the current folder: it is that one."""
+    found, here = resolve(path), Path(path).expanduser()
+    return here.resolve() if str(path) and here.exists() else found
 
 
 # What a disk says that is full, or that may not be written to.
@@ -132,10 +139,18 @@ def digest(value) -> str:
     return found.hexdigest()
 
 
+_told = []  # of files without a digest: the first one
+
+
 def check_digest(found: dict, path: Path) -> dict:
-    """`found` without its digest. UserError where that is another one than of the rest; files from before digests have none."""
+    """`found` without its digest. UserError where that is another one than of the rest. Files from before digests have none,
+    which is told once, on stderr."""
     rest = {name: value for name, value in found.items() if name != "digest"}
-    if "digest" in found and str(found["digest"]) != digest(rest):
+    if "digest" not in found:
+        if not _told:
+            _told.append(path)
+            print(f"{show_path(path)} was written before files had digests: whether it is as it was then is not known (told once).", file=sys.stderr)
+    elif str(found["digest"]) != digest(rest):
         raise UserError(f"{show_path(path)} is not as it was written, its digest is another: a bad disk or copy, or changed by hand.")
     return rest
 
@@ -850,14 +865,13 @@ class SAE(nn.Module):
         """The SAE that `save` wrote; a relative path counts from the current folder, or else from the repository root. Raises
         UserError where the file is damaged, holds anything but plain types and tensors (code in it is never run), is of
         another format, or where a part is missing, is not finite, or is of the wrong shape or type."""
-        here, file = Path(path).expanduser(), resolve(path)
-        file = here.resolve() if here.is_file() else file
+        file, here = find(path), Path.cwd() / Path(path).expanduser()
         path, again = show_path(file), "train it again, or copy the file again"
         try:
             saved = read_torch(file)
             saved = check_digest(saved, file) if saved.get("format_version") == FORMAT_VERSION else saved
         except OSError:
-            where = "" if here.is_absolute() or here.resolve() == file else f" (nor {here.resolve()})"
+            where = "" if here.resolve() == file else f", nor at {here}"
             raise UserError(f"there is no SAE at {path}{where}.") from None
         except UserError as error:
             raise UserError(f"{str(error).removesuffix('.')}: {again}.") from None

@@ -149,8 +149,8 @@ def stability(run: Run, group: list[Run], above: float = 0.9, most: int = 3) -> 
         best, at = best_match(rows, directions)
         cosine[i, which], match[i, which] = best.numpy(), theirs[at].numpy()
     if seeds:
-        with sae_utils.atomic(run.folder / "stability.npz") as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, runs=[seed.name for seed in seeds], cosine=cosine, match=match, stability=cosine.mean(0))
+        found = {"runs": [seed.name for seed in seeds], "cosine": cosine, "match": match, "stability": cosine.mean(0)}
+        sae_utils.save_arrays(run.folder / "stability.npz", found, compressed=True)
     # numpy's numbers: torch's of the same seed are the very directions that an SAE begins with
     noise = torch.from_numpy(np.random.default_rng(run.params["seed"]).standard_normal((run.metrics["d_sae"], rows.shape[1])))
     return {

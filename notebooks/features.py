@@ -626,7 +626,7 @@ def about_run(folder: Path, as_text) -> dict:
     """
     about: dict = {"run": Path(os.path.relpath(folder, sae_utils.ROOT / "runs")).as_posix()}
     if (folder / "metrics.json").exists():
-        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = sae_utils.read_json(folder / "metrics.json")
         interval = metrics.get("fidelity", {}).get("sae", {}).get("ce_increase")
         rise = "{:+.4f} ({:+.4f} to {:+.4f})".format(*interval) if interval else ""
         said = [
@@ -641,13 +641,15 @@ def about_run(folder: Path, as_text) -> dict:
         about["effects"] = {latent: effect | {name: moved(effect[name]) for name in ("falls", "rises")} for latent, effect in metrics.get("effects", {}).items()}
     if (folder / "known.csv").exists():
         about["known"] = {}
-        with (folder / "known.csv").open(encoding="utf-8", newline="") as file:
-            for fact in sorted(csv.DictReader(file), key=lambda fact: -float(fact["f1_trained"])):
-                line = [fact["variable"], fact["value"], fact["hidden"] == "True", float(fact["f1_trained"]), float(fact["threshold"])]
-                about["known"].setdefault(fact["latent"], []).append(line)
+        try:
+            with (folder / "known.csv").open(encoding="utf-8", newline="") as file:
+                for fact in sorted(csv.DictReader(file), key=lambda fact: -float(fact["f1_trained"])):
+                    line = [fact["variable"], fact["value"], fact["hidden"] == "True", float(fact["f1_trained"]), float(fact["threshold"])]
+                    about["known"].setdefault(fact["latent"], []).append(line)
+        except (ValueError, LookupError, TypeError, csv.Error):
+            raise sae_utils.UserError(f"{sae_utils.show_path(folder / 'known.csv')} is damaged, or cut off: copy it again, or take it away to do without.") from None
     if (folder / "stability.npz").exists():
-        with np.load(folder / "stability.npz") as stable:
-            about["stability"] = {name: stable[name] for name in stable}
+        about["stability"] = sae_utils.load_arrays(folder / "stability.npz")
     return about
 
 

@@ -295,7 +295,7 @@ def doubts(sae: sae_utils.SAE, model_name: str, d_in: int) -> list[str]:
 
 def opened(source: str) -> tuple[str, Callable[[str], Path | None]]:
     """(the source without its revision, a function that gives the file of a name in it, or None)."""
-    local = sae_utils.resolve(source)
+    local = sae_utils.find(source)
     if source and local.exists():
         folder = local if local.is_dir() else local.parent
 

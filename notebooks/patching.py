@@ -50,6 +50,22 @@ def check_text(text, what: str) -> str:
     return text
 
 
+def check_run(sae: sae_utils.SAE, run: Path) -> None:
+    """UserError where the SAE's file in the folder `run` does not say what it was trained on."""
+    wanted = "hook_name model_name model_revision model_fingerprint tokenizer_fingerprint dataset_name dataset_fingerprint dtype seq_len n_activations held_out_fraction".split()
+    if missing := [name for name in wanted if name not in sae.config]:
+        raise UserError(f"{sae_utils.show_path(run / 'sae.pth')} does not say its {', '.join(missing)}: it is no SAE of a run; look at it first, make features SAE={sae_utils.show_path(run / 'sae.pth')}.")
+
+
+def cross_entropies(run: Path) -> tuple[float, float]:
+    """(of the model as it is, with the reconstruction in place), as a finished run's metrics.json has them."""
+    measured = sae_utils.read_json(run / "metrics.json")
+    found = [measured.get(name) for name in ("ce_clean", "ce_spliced")]
+    if not all(isinstance(value, float) for value in found):
+        raise UserError(f"{sae_utils.show_path(run / 'metrics.json')} has no numbers for ce_clean and ce_spliced: train the run again under another name.")
+    return found[0], found[1]
+
+
 def read_prompts(texts: list[str], file: str) -> list[str]:
     """The texts, and those of a file: one prompt a line, or a JSON string a line in a .jsonl."""
     texts = list(texts)

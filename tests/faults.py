@@ -13,6 +13,7 @@ and of one that is odd but right: it is accepted.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -60,6 +61,7 @@ SKIPPED: list[str] = []  # phases that are left out; the short form writes no re
 # ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def cells_of(notebook: str) -> list[str]:
     cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code" and not {"colab", "parameters"} & set(cell["metadata"].get("tags", []))]
@@ -163,6 +165,7 @@ class World:
         (folder / "copy" / "runs").mkdir()
         (folder / "copy" / "tests").mkdir()
         (folder / "home").mkdir()
+        (folder / "home" / "letters.txt").write_text("kept")
         sae_utils.ROOT, os.environ["HOME"] = folder / "copy", str(folder / "home")
         self.folder, self.random, self.table, self.failures, self.count = folder, random.Random(seed), {}, [], 0
         assert self.child(self.make).wait() == 0
@@ -310,7 +313,7 @@ def full(world: World, short: bool) -> None:
                 code = child.wait()
                 (disk / "filler").unlink(missing_ok=True)
                 said = child.sentence()
-                world.note(f"disk full, {notebook}, {phase}", bool(said) and any(word in said for word in ("No space left", "is full")), f"{code}: {child.said()[-400:]}")
+                world.note(f"disk full, {notebook}, {phase}", bool(said) and any(word in said for word in ("No space left", "is full", "are free")), f"{code}: {child.said()[-400:]}")
                 shutil.rmtree(made if training_run else made / "patches", ignore_errors=True) if code == 0 else None
             if phases:
                 child = world.child(lambda: execute(notebook, params))
@@ -319,14 +322,14 @@ def full(world: World, short: bool) -> None:
                 world.note(f"room again, {notebook}", not same, same)
         if short:
             return
-        for words in (["labels", str(disk / "runs" / "one")], ["export", str(disk / "runs" / "one"), "saelens"], ["export", str(disk / "runs" / "one"), "neuronpedia"]):
+        for words in (["labels", str(disk / "runs" / "one")], ["export", str(disk / "runs" / "one"), "safetensors"]):
             fill_up(disk)
             child = world.child(lambda: experiment.main(words))
             code = child.wait()
             world.note(f"disk full, {words[0]}", bool(child.sentence()) and "No space left" in child.sentence(), f"{code}: {child.said()[-400:]}")
             (disk / "filler").unlink(missing_ok=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False)
-        tries = {words[0]: lambda words=words: experiment.main(words) for words in (["labels", str(disk / "runs" / "one")], ["export", str(disk / "runs" / "one"), "saelens"])}
+        tries = {words[0]: lambda words=words: experiment.main(words) for words in (["labels", str(disk / "runs" / "one")], ["export", str(disk / "runs" / "one"), "safetensors"])}
         tries |= {"patch_neurons": lambda: execute("patch_neurons", world.patching(disk / "runs" / "one", name="q")), "sae_training": lambda: execute("sae_training", world.training(disk / "runs" / "two"))}
         for name, work in tries.items():
             child = world.child(work)
@@ -352,30 +355,40 @@ def damage(world: World, short: bool) -> None:
     here = world.folder / "runs" / "damaged"
     commands = {
         "labels": (("sae.pth", "features.npz", "params.json", "labels.csv"), lambda: experiment.main(["labels", str(here)])),
-        "export": (("sae.pth", "metrics.json", "params.json"), lambda: experiment.main(["export", str(here), "saelens"])),
+        "export": (("sae.pth", "metrics.json", "params.json"), lambda: experiment.main(["export", str(here), "safetensors"])),
         "patch": (("sae.pth", "features.npz", "metrics.json", "params.json"), lambda: execute("patch_neurons", world.patching(here))),
         "train again": (("params.json", ".done", "sae.pth"), lambda: experiment.main(["sae_training", *flags_of(world.training(here))])),
         "runs": (("sae.pth", "metrics.json", "params.json", "history.csv"), lambda: print(__import__("listing").table_of_runs(here.parent, "damaged"))),
     }
-    chosen = ["labels", "export"] if short else list(commands)
-    for command in chosen:
+    makes = {  # what a command makes of a run
+        "labels": lambda child: (here / "features.html").read_bytes(), "patch": lambda child: patched(here / "patches" / "p"), "runs": lambda child: child.said(), "train again": lambda child: "",
+        "export": lambda child: {file.name: file.read_bytes() for file in (here / "export" / "safetensors").iterdir()},
+    }  # fmt: skip
+
+    def tried(work, **changed: bytes) -> Child:
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(whole, here, ignore=shutil.ignore_patterns("patches", "export"))
+        for name, data in changed.items():
+            (here / name).write_bytes(data)
+        child = world.child(work)
+        child.wait()
+        return child
+
+    for command in ["labels", "export"] if short else commands:
         names, work = commands[command]
+        child = tried(work)
+        assert child.code == 0, child.said()
+        right = makes[command](child)
         for name in names[:2] if short else names:
             data = (whole / name).read_bytes() if name != "labels.csv" else b"3,red\n5,blue\n"
             for kind, damaged in damages(data, world.random, 1 if short else 3):
                 if short and kind != "a flipped bit":
                     continue
-                shutil.rmtree(here, ignore_errors=True)
-                shutil.copytree(whole, here, ignore=shutil.ignore_patterns("patches", "export"))
-                (here / name).write_bytes(damaged)
-                child = world.child(work)
-                code, what = child.wait(), f"{kind}: {name}, then {command}"
-                if child.sentence():
-                    world.note(what, bool(child.sentence()) and (name in child.sentence() or here.name in child.sentence()), f"{code}: {child.said()[-300:]}")
-                elif code == 0 and command == "patch":
-                    world.note(what, not (differs := apart(world.patch, patched(here / "patches" / "p"))), f"other results without a word: {differs}")
-                else:
-                    world.note(what, code == 0, f"{code}: {child.said()[-400:]}")
+                child = tried(work, **{name: damaged})
+                told = child.sentence() or (child.said() if command == "runs" else "")
+                free = name in ("labels.csv", "history.csv", ".done")  # which people edit, which nothing goes on from, or which is only there
+                survived = child.code == 0 and (free or makes[command](child) == right) or name in told or bool(child.sentence()) and here.name in told
+                world.note(f"{kind}: {name}, then {command}", survived, f"{child.code}, other results without a word" if child.code == 0 else f"{child.code}: {child.said()[-400:]}")
     # A run that was stopped: what it goes on from is damaged.
     SKIPPED[:] = ["report", "TensorBoard"]
     stopped = world.folder / "runs" / "stopped"
@@ -450,23 +463,23 @@ def wrong_values(chance: random.Random) -> dict[str, list]:
         "float": [word, None, [], {}, True, float("nan"), float("inf"), -float("inf"), "1,5", [0.1]],
         "bool": [word, 2, -1, None, [], "yes please", 0.5],
         "str": [None, [], {}, ["a"], "a\0b", "\ud800"],
-        "list": [word, 5, None, {}, True],
+        "list": [5, None, {}, True, [None], [[1]], [{}], [0.5]],
     }
 
 
 def inputs(world: World, short: bool) -> None:
     """Generated inputs that are none, and some that are odd but right."""
     whole, chance = world.folder / "runs" / "whole", world.random
-    tried: list[tuple[str, str, dict, bool]] = []  # kind, notebook, parameters, whether it is right
+    tried: list[tuple[str, dict, dict, bool]] = []  # notebook, parameters, those of them that are tried, whether they are right
     small = {"run_dir": str(whole), "name": "none", "n_prompts": 1, "n_controls": 1, "exact_latents": 1, "max_new_tokens": 2, "device": "cpu"}
     for notebook, base in (("sae_training", {"run_dir": str(world.folder / "runs" / "none")}), ("patch_neurons", {"run_dir": str(whole), "name": "none"})):
         declared = experiment.declared_params(notebook)
         for name, param in declared.items():
-            for value in chance.sample(wrong_values(chance)[param.type], 1 if short else 2):
-                tried.append(("type", notebook, base | {name: value}, False))
+            for value in chance.sample(wrong_values(chance)[param.type.partition("[")[0]], 1 if short else 2):
+                tried.append((notebook, base, {name: value}, False))
         for _ in range(2 if short else 8):
             name = chance.choice(list(declared))
-            tried.append(("misspelt", notebook, base | {name[:-1] + chance.choice("qzj"): declared[name].default}, False))
+            tried.append((notebook, base, {name[:-1] + chance.choice("qzj"): declared[name].default}, False))
     edits = world.folder / "edits"
     edits.mkdir(exist_ok=True)
 
@@ -476,7 +489,7 @@ def inputs(world: World, short: bool) -> None:
         return str(path)
 
     patch = [
-        {"latents": [3, 3]}, {"latents": [128]}, {"latents": [-1]}, {"latents": ["3"]}, {"latents": [[3]]}, {"latents": [3.0]}, {"latents": [10**30]}, {"latents": [None]}, {"latents": [True]},
+        {"latents": [3, 3]}, {"latents": [128]}, {"latents": [-1]}, {"latents": [[3]]}, {"latents": [3.0]}, {"latents": [10**30]}, {"latents": [None]}, {"latents": [True]},
         {"source_words": [5]}, {"source_words": [False, True]}, {"source_words": [None]}, {"source_words": [""]}, {"source_words": ["\ud800"]}, {"topic_words": [3]}, {"topic_words": [[]]}, {"topic_words": ["dog"], "target_word": "cat"},
         {"target_word": "unheardof"}, {"target_word": "\ud800"}, {"target_word": "dog", "source_words": ["dog"]}, {"strength": 1e39, "latents": [3]}, {"strength": 1e300}, {"temperature": 1e-320}, {"temperature": 1e-9}, {"max_new_tokens": 10**9}, {"max_new_tokens": 127},
         {"seed": 10**30}, {"prompts": [5]}, {"prompts": [""]}, {"prompts": ["a \ud800"]}, {"prompts": [None]}, {"prompts": [["a"]]}, {"prompts": ["dog " * 200]}, {"prompts_file": "nowhere.txt"}, {"prompts_file": "/dev/zero"}, {"prompts_file": "/tmp"},
@@ -492,28 +505,23 @@ def inputs(world: World, short: bool) -> None:
         {"trained_sae": "/nowhere.pth"}, {"trained_sae": str(world.folder / "text.jsonl")}, {"run_dir": "."}, {"run_dir": "~"}, {"run_dir": "notebooks"}, {"run_dir": "runs/x/../../tests"}, {"run_dir": str(world.folder / "text.jsonl")}, {"run_dir": "x" * 300},
         {"dataset_name": file(b"\xff\xfe", "jsonl")}, {"dataset_name": file("", "jsonl")}, {"dataset_name": file('{"text": 5}\n', "jsonl")}, {"dataset_name": file("[1]\n", "jsonl")}, {"dataset_name": file('{"text": "a', "jsonl")}, {"dataset_name": file(b"\xff", "txt")}, {"dataset_name": file("", "txt")},
     ]  # fmt: skip
-    good_patch = [{"latents": [3]}, {"operation": "ablate", "latents": [3, 5]}, {"temperature": 0.7, "seed": 2**32 - 1}, {"prompts": ["the dog sees", "a"], "latents": [7], "max_new_tokens": 1}, {"target_word": "dog"}, {"strength": 0.0, "latents": [3]}]
-    good_train = [{"seed": 2**31}, {"architecture": "topk", "k": 4}, {"lr": "1e-3"}, {"layer": "1"}, {"chat": "false"}]
+    good_patch = [{"latents": [3]}, {"operation": "ablate", "latents": [3, 5]}, {"temperature": 0.7, "seed": 2**31 - 1}, {"prompts": ["the dog sees", "a"], "latents": [7], "max_new_tokens": 1}, {"target_word": "dog"}, {"strength": 0.0, "latents": [3]}]
+    good_train = [{"seed": 2**30}, {"architecture": "topk", "k": 4}, {"lr": "1e-3"}, {"layer": "1"}, {"chat": "false"}]
     for right, of_patch, of_train in ((False, patch, train), (True, good_patch, good_train)):
-        tried += [("value", "patch_neurons", small | more, right) for more in of_patch[:: 6 if short else 1]]
-        tried += [("value", "sae_training", world.training(world.folder / "runs" / "none") | more, right) for more in of_train[:: 6 if short else 1]]
+        tried += [("patch_neurons", small, more, right) for more in of_patch[:: 6 if short else 1]]
+        tried += [("sae_training", world.training(world.folder / "runs" / "none"), more, right) for more in of_train[:: 6 if short else 1]]
     if short:
         tried = chance.sample(tried, min(24, len(tried)))
     sorted_into = {"sentence": 0, "accepted": 0, "traceback": 0, "hang": 0}
-    running: list = []
-
-    def judge(kind, notebook, given, right, child):
+    for notebook, base, more, right in tried:
+        until = cell_of(notebook, "harvest") if notebook == "sae_training" else 10**6
+        child = world.child(lambda notebook=notebook, given=base | more, until=until: execute(notebook, given, until=until))
         code = child.wait(90)
         outcome = "hang" if code is None else "accepted" if code == 0 else "sentence" if child.sentence() else "traceback"
         sorted_into[outcome] += 1
-        changed = {name: value for name, value in given.items() if name not in ("run_dir", "name") or value not in (str(whole), "none")}
-        world.note(f"inputs, {notebook}, {'odd but right' if right else 'none'}", outcome == ("accepted" if right else "sentence"), f"{outcome}: {str(changed)[:200]} … {child.said().strip()[-260:]}")
-        shutil.rmtree(whole / "patches" / "none", ignore_errors=True)
-
-    for kind, notebook, given, right in tried:
-        until = cell_of(notebook, "harvest") if notebook == "sae_training" else 10**6
-        judge(kind, notebook, given, right, world.child(lambda notebook=notebook, given=given, until=until: execute(notebook, given, until=until)))
-        shutil.rmtree(world.folder / "runs" / "none", ignore_errors=True)
+        world.note(f"inputs, {notebook}, {'odd but right' if right else 'none'}", outcome == ("accepted" if right else "sentence"), f"{outcome}: {str(more)[:120]} … {child.said().strip()[-260:]}")
+        for made in (whole / "patches" / "none", world.folder / "runs" / "none"):
+            shutil.rmtree(made, ignore_errors=True)
     print("inputs sorted into", sorted_into)
 
 

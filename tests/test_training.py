@@ -487,12 +487,13 @@ def test_a_checkpoint_that_cannot_be_used_is_a_notice_and_a_new_start(tmp_path, 
 
     assert tried() == (going_on, "")
     refused = 0
-    for bit in torch.randint(8 * len(whole), (150,), generator=random).tolist():
+    for bit in torch.randint(8 * len(whole), (60,), generator=random).tolist():
+        path.unlink()
         path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
         place, lost = tried()
         assert place == (start if lost else going_on) and ("checkpoint.pth" in lost and "starts again from the beginning" in lost) == bool(lost), bit
         refused += bool(lost)
-    assert refused > 75
+    assert refused > 30
     for damaged in (b"", whole[: len(whole) // 3], whole[:-1], bytes(len(whole))):
         path.write_bytes(damaged)
         assert tried()[0] == start and "is damaged" in tried()[1]
