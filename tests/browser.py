@@ -261,14 +261,14 @@ class Tab:
 SCREENS = {"desktop": (1440, 900), "phone": (390, 844)}
 
 
-def look(page: Path, word: str = "") -> dict:
-    """What the scripts saw on the page."""
+def look(page: Path, word: str = "", screens: bool = True) -> dict:
+    """What the scripts saw on the page; `screens`: in both themes, on a desktop and on a phone."""
     with Tab() as tab:
         tab.open(page)
         tab.screen(*SCREENS["desktop"])
         seen = tab.run(DRIVER.replace("WORD", json.dumps(word), 1))
         seen["screens"] = {}
-        for name, size in SCREENS.items():
+        for name, size in SCREENS.items() if screens else ():
             for dark in (False, True):
                 tab.screen(*size, dark)
                 seen["screens"][f"{name}, {'dark' if dark else 'light'}"] = tab.run(CONTRAST)
@@ -343,7 +343,7 @@ def full_page(path: Path, d_sae: int = 9216, n_tokens: int = 3_000_000, vocab: i
     return path
 
 
-def clocked(page: Path, words: list[str], loads: int = 3) -> dict:
+def clocked(page: Path, words: list[str], loads: int = 5) -> dict:
     """Milliseconds from the start of loading until the table can be read, sorted and scrolled, until everything is there, and
     for each key of a search; the best of some, since the machine may have other things to do."""
     with Tab() as tab:
