@@ -287,6 +287,48 @@ def test_a_word_of_two_tokens_is_found_in_a_browser(tmp_path):
     assert seen["found"] == ["0"] and seen["groups"] == ["has it near where it fires: 1"] and not browser.mistakes(seen)
 
 
+HOW = ("has it as label, number or known variable", "fires most on it", "promotes it", "fires on it", "has it near where it fires")
+
+
+def how_by_hand(data: dict, arrays: dict[str, np.ndarray], latent: int, wanted: str) -> int | None:
+    """Which of HOW a search should say of a latent: every piece of text is looked through letter by letter."""
+    number, words, starts = str(arrays["latents"][latent, 0]), [word.lower() for word in data["words"]], arrays["text_starts"]
+    if number == wanted.strip() or wanted in data["labels"].get(number, "").lower():
+        return 0
+    ways = {2} if any(wanted in words[i] for i in arrays["promoted"][latent]) else set()
+    for place, at in enumerate(arrays["places"][latent]):
+        if at >= 0:
+            first, end = (starts[np.searchsorted(starts, at, side="right") - 1 + i] for i in (0, 1))
+            owner = [t for t in range(first, end) for _ in words[arrays["text"][t]]]
+            piece = "".join(words[i] for i in arrays["text"][first:end])
+            found = {owner[i] for begin in range(len(piece)) if piece.startswith(wanted, begin) for i in range(begin, begin + len(wanted))}
+            for t in range(first + 1, end):  # what goes on with a character
+                found |= {t} if not words[arrays["text"][t]] and t - 1 in found else set()
+            near = [t for t in found if abs(t - at) <= features.AROUND]
+            shades = arrays["shades"].reshape(data["n"], -1, 2 * features.AROUND + 1)[latent, place]
+            ways |= {4} if near else set()
+            ways |= {1 if t == at and place < features.TOP else 3 for t in near if shades[t - at + features.AROUND]}
+    return min(ways, default=None)
+
+
+@pytest.mark.skipif(not browser.browser(), reason="no chromium is installed here")
+def test_a_search_finds_what_a_look_through_every_letter_finds(tmp_path, fresh_seed):
+    rng = np.random.default_rng(fresh_seed)
+    for path in (spread_page(tmp_path, "bytes")[0], hostile_page(tmp_path)[0]):
+        data, arrays = page_data(path)
+        text = "".join(data["words"][i] for i in arrays["text"]).lower()
+        begins = [(int(rng.integers(len(text) - 9)), int(rng.integers(1, 9))) for _ in range(40)]
+        wanted = [*(text[begin : begin + n] for begin, n in begins), "aa", "7", "<i>", "t t", "\\x"]
+        asked = [text for text in wanted if "\n" not in text and "\r" not in text and len(text.encode("utf-16-le")) == 2 * len(text)]  # a field has one line
+        with browser.Tab() as tab:
+            tab.open(path)
+            for text in asked:
+                tab.run(browser.TYPED.replace("WORD", json.dumps(text)))
+                groups = tab.run("[...document.querySelectorAll('#rows tr.group')].map(e => e.textContent)")
+                ways = [how_by_hand(data, arrays, latent, text) for latent in range(data["n"])]
+                assert groups == [f"{HOW[how]}: {ways.count(how)}" for how in range(5) if how in ways], text
+
+
 @pytest.mark.skipif(not browser.browser(), reason="no chromium is installed here")
 def test_hostile_tokens_stay_text_in_a_browser(tmp_path):
     path, _, _ = hostile_page(tmp_path)
