@@ -256,19 +256,22 @@ def firing_together(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most
     return {"together": together, "together_phi": together_phi}
 
 
-def selectivity(tokens) -> tuple[np.ndarray, np.ndarray]:
+def selectivity(tokens, text) -> tuple[np.ndarray, np.ndarray]:
     """(selectivity (n), offset (n)) of latents by the tokens at their places, (n, TOP + 10, 2 * AROUND + 1) as
     `shown_contexts` returns them: how probably two of its places have the same token, at the offset from -2 to +1 (the
-    token after) where that is highest. The mean of that of the strongest places, which are of different documents, and of
-    those of the tenths; places that are lacking are like no other. 1: always the same token, 0: never twice.
+    token after) where that is highest, each token weighed by how much it tells: log(its share of `text`) / log(0.001), 1 at
+    most. The mean of that of the strongest places, which are of different documents, and of those of the tenths; places
+    that are lacking are like no other. 1: always the same token, one in a thousand or rarer; 0: never the same twice.
     """
     near = np.asarray(tokens)[:, :, AROUND - 2 : AROUND + 2]
+    ids, times = np.unique(text, return_counts=True)
+    weight = np.minimum(np.log(times / times.sum()) / np.log(0.001), 1)[np.searchsorted(ids, near).clip(max=len(ids) - 1)] * (near >= 0)
 
-    def agreeing(near: np.ndarray) -> np.ndarray:
-        same = (near[:, :, None] == near[:, None, :]) & (near >= 0)[:, :, None]
-        return (same.sum((1, 2)) - (near >= 0).sum(1)) / (near.shape[1] * (near.shape[1] - 1))
+    def agreeing(near: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        same = (near[:, :, None] == near[:, None, :]) * weight[:, :, None]
+        return (same.sum((1, 2)) - weight.sum(1)) / (near.shape[1] * (near.shape[1] - 1))
 
-    each = (agreeing(near[:, :TOP]) + agreeing(near[:, TOP:])) / 2
+    each = (agreeing(near[:, :TOP], weight[:, :TOP]) + agreeing(near[:, TOP:], weight[:, TOP:])) / 2
     return each.max(1), each.argmax(1) - 2
 
 
@@ -646,7 +649,7 @@ def write_page(path: Path, title: str, features: dict, density, strength, as_tex
     byte = lambda share: np.round(255 * np.clip(share, 0, 1)).astype(np.uint8)  # a share in a byte
     root = lambda share: np.maximum(byte(np.sqrt(np.maximum(share, 0))), share > 0)  # its root, for small ones: what is not 0 stays so
     piece = np.searchsorted(text_starts, places, side="right") - 1
-    selective, offset = selectivity(of_live("tokens").reshape(len(live), -1, 2 * AROUND + 1))
+    selective, offset = selectivity(of_live("tokens").reshape(len(live), -1, 2 * AROUND + 1), text)
     arrays = {
         **{name: part.astype(kind) for name, part in parts.items()}, "text_starts": text_starts.astype(np.uint32),
         "latents": live.astype(np.uint32), "density": density[live], "highest": highest,

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import math
 import re
 import shlex
 
@@ -583,11 +584,13 @@ def test_selectivity_by_hand():
     tokens[1, :, middle - 2] = -1
     tokens[1, :10, middle] = 7  # all strongest places, no other two
     tokens[2, :, [middle - 3, middle + 2]] = 5  # too far away
-    value, offset = features.selectivity(tokens)
-    assert value.tolist() == pytest.approx([(6 / 45 + 10 / 45) / 2, 0.5, 0]) and offset[:2].tolist() == [1, 0]
+    text = np.concatenate([np.arange(10_000), np.full(10_000, 7)])  # 7 is every second one, the others are rare
+    value, offset = features.selectivity(tokens, text)
+    weight = math.log(10_001 / 20_000) / math.log(0.001)
+    assert value.tolist() == pytest.approx([(6 / 45 + 10 / 45) / 2, weight / 2, 0]) and offset[:2].tolist() == [1, 0]
     lacking = tokens[:1].copy()
     lacking[:, 2:10] = -1  # two strongest places are left, alike: one pair of 45
-    assert features.selectivity(lacking)[0].item() == pytest.approx((1 / 45 + 10 / 45) / 2)
+    assert features.selectivity(lacking, text)[0].item() == pytest.approx((1 / 45 + 10 / 45) / 2)
 
 
 def test_what_a_runs_folder_says(tmp_path):
