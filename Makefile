@@ -30,8 +30,8 @@ override RUN := $(patsubst %/,%,$(patsubst runs/%,%,$(RUN)))
 endif
 # $(call give,WORD,NAME): the parameter that a word names. PARAMS is a file of them; P takes any other, as papermill flags.
 give = $(if $($(1)),-p $(2) "$$$(1)")
-NAMED = $(if $(RUN),--run "$$RUN") $(call give,MODEL,model_name) $(call give,DATASET,dataset_name) $(call give,LAYER,layer) $(call give,HOOK,hook) $(call give,SEED,seed)
-OTHERS = $(if $(PARAMS),-f "$$PARAMS") $(if $(P),--words "$$P")
+NAMED = $(strip $(if $(RUN),--run "$$RUN") $(call give,MODEL,model_name) $(call give,DATASET,dataset_name) $(call give,LAYER,layer) $(call give,HOOK,hook) $(call give,SEED,seed))
+OTHERS = $(strip $(if $(PARAMS),-f "$$PARAMS") $(if $(P),--words "$$P"))
 FLAGS = $(NAMED) $(OTHERS)
 
 # Half of the logical cores, shared among the jobs of make -j: torch's own default, all of them, collapses

@@ -211,7 +211,7 @@ def similar_directions(W_dec: Tensor, above: float = 0.9, chunk: int = 1024, mos
 
 
 @torch.no_grad()
-def firing_together(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most: int = 30_000, pairs: int = 200_000_000, least: int = 5, chunk: int = 256) -> dict[str, Tensor]:
+def firing_together(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most: int = 30_000, pairs: int = 200_000_000, least: int = 5, chunk: int = 0) -> dict[str, Tensor]:
     """For each latent those that fire on the same tokens, by phi: the correlation over rows of "fires", 0 or 1, of two latents,
     (n both - a b) / sqrt(a b (n - a) (n - b)), where of n rows one fires on a, the other on b. Frequent latents meet by
     chance, for which phi, unlike the share of rows that they have in common, allows.
@@ -220,7 +220,8 @@ def firing_together(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most
     on fewer than `least` rows, which may be luck, and those of phi 0 and below. Measured on `most` of the rows `index`, at
     equal steps; on fewer where so many latents fire at once that the rows would hold more than `pairs` pairs of them.
     """
-    index = index[torch.linspace(0, len(index) - 1, min(most, len(index))).long()]
+    chunk = chunk or max(1, 2**21 // sae.d_sae)  # latents at a time
+    index = index[torch.linspace(0, len(index) - 1, min(most, len(index)), dtype=torch.double).round().long()]
     rows, latents, n, left = [], [], 0, pairs
     for part in index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))].split(4096):
         found = [torch.cat(parts) for parts in zip(*active_entries(sae, activations, part), strict=True)]
@@ -257,19 +258,22 @@ def firing_together(sae: sae_utils.SAE, activations: Tensor, index: Tensor, most
     return {"together": together, "together_phi": together_phi}
 
 
-def selectivity(tokens) -> tuple[np.ndarray, np.ndarray]:
+def selectivity(tokens, text) -> tuple[np.ndarray, np.ndarray]:
     """(selectivity (n), offset (n)) of latents by the tokens at their places, (n, TOP + 10, 2 * AROUND + 1) as
     `shown_contexts` returns them: how probably two of its places have the same token, at the offset from -2 to +1 (the
-    token after) where that is highest. The mean of that of the strongest places, which are of different documents, and of
-    those of the tenths; places that are lacking are like no other. 1: always the same token, 0: never twice.
+    token after) where that is highest, each token weighed by how much it tells: log(its share of `text`) / log(0.001), 1 at
+    most. The mean of that of the strongest places, which are of different documents, and of those of the tenths; places
+    that are lacking are like no other. 1: always the same token, one in a thousand or rarer; 0: never the same twice.
     """
     near = np.asarray(tokens)[:, :, AROUND - 2 : AROUND + 2]
+    ids, times = np.unique(text, return_counts=True)
+    weight = np.minimum(np.log(times / times.sum()) / np.log(0.001), 1)[np.searchsorted(ids, near).clip(max=len(ids) - 1)] * (near >= 0)
 
-    def agreeing(near: np.ndarray) -> np.ndarray:
-        same = (near[:, :, None] == near[:, None, :]) & (near >= 0)[:, :, None]
-        return (same.sum((1, 2)) - (near >= 0).sum(1)) / (near.shape[1] * (near.shape[1] - 1))
+    def agreeing(near: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        same = (near[:, :, None] == near[:, None, :]) * weight[:, :, None]
+        return (same.sum((1, 2)) - weight.sum(1)) / (near.shape[1] * (near.shape[1] - 1))
 
-    each = (agreeing(near[:, :TOP]) + agreeing(near[:, TOP:])) / 2
+    each = (agreeing(near[:, :TOP], weight[:, :TOP]) + agreeing(near[:, TOP:], weight[:, TOP:])) / 2
     return each.max(1), each.argmax(1) - 2
 
 
@@ -638,7 +642,7 @@ def about_run(folder: Path, as_text) -> dict:
         about["figures"] += [["CE increase", rise, "next-token cross-entropy with the SAE in place, in nats, with its interval"]] * bool(rise)
         about["rows"] = metrics.get("rows", 0)
         moved = lambda pairs: [[as_text(int(token)), change] for token, change in pairs]
-        about["effects"] = {latent: effect | {name: moved(effect[name]) for name in ("falls", "rises")} for latent, effect in metrics.get("effects", {}).items()}
+        about["effects"] = {latent: effect | {name: moved(effect[name]) for name in ("falls", "rises")} for latent, effect in metrics.get("effects", {}).items() if effect["kl"] is not None}
     if (folder / "known.csv").exists():
         about["known"] = {}
         try:
@@ -676,15 +680,15 @@ def write_page(path: Path, title: str, features: dict, density, strength, as_tex
     kind = np.uint16 if len(words) < 2**16 else np.uint32
     highest = np.maximum(np.asarray(strength, np.float32)[live], acts.reshape(len(live), -1).max(1).astype(np.float32))
     byte = lambda share: np.round(255 * np.clip(share, 0, 1)).astype(np.uint8)  # a share in a byte
-    bars = lambda counts: np.ceil(255 * np.sqrt(counts / np.maximum(counts.max(1, keepdims=True), 1e-9))).astype(np.uint8)  # squared they are heights
+    root = lambda share: np.maximum(byte(np.sqrt(np.maximum(share, 0))), share > 0)  # its root, for small ones: what is not 0 stays so
     piece = np.searchsorted(text_starts, places, side="right") - 1
-    selective, offset = selectivity(of_live("tokens").reshape(len(live), -1, 2 * AROUND + 1))
+    selective, offset = selectivity(of_live("tokens").reshape(len(live), -1, 2 * AROUND + 1), text)
     arrays = {
         **{name: part.astype(kind) for name, part in parts.items()}, "text_starts": text_starts.astype(np.uint32),
         "latents": live.astype(np.uint32), "density": density[live], "highest": highest,
         "places": places.astype(np.int32), "before": np.minimum(places - text_starts[piece], AROUND).astype(np.uint8),
         "after": np.minimum(text_starts[np.minimum(piece + 1, len(text_starts) - 1)] - 1 - places, AROUND).astype(np.uint8),
-        "shades": byte(acts.astype(np.float32) / np.maximum(highest, 1e-9)[:, None, None]), "histogram": byte(of_live("histogram")),
+        "shades": root(acts.astype(np.float32) / np.maximum(highest, 1e-9)[:, None, None]), "histogram": byte(of_live("histogram")),
         "selective": byte(selective), "offset": offset.astype(np.int8),
         "nearest": of_live("nearest").astype(np.int32), "nearest_cosine": byte(of_live("nearest_cosine")),
         **{name: byte(of_live(name)) for name in ("fired_tokens_share", "fired_positions", "fired_classes")},
@@ -697,7 +701,8 @@ def write_page(path: Path, title: str, features: dict, density, strength, as_tex
         between = lambda values: np.round(65535 * (values - bottom) / np.maximum(top - bottom, 1e-12)).astype(np.uint16)
         arrays |= {"logit_high": top.astype(np.float32), "logit_low": bottom.astype(np.float32), "promoted_by": between(high), "suppressed_by": between(low)}
     if "logit_histogram" in features:
-        arrays["logit_histogram"] = bars(of_live("logit_histogram"))
+        counts = of_live("logit_histogram")
+        arrays["logit_histogram"] = root(counts / np.maximum(counts.max(1, keepdims=True), 1))
     if "stability" in about:
         stable = about["stability"]
         arrays |= {"stability": byte(stable["stability"][live]), "stability_cosine": byte(stable["cosine"][:, live].T), "stability_match": stable["match"][:, live].T.astype(np.int32)}

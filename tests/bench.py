@@ -363,14 +363,10 @@ def bench_features(rounds: int, quick: bool) -> list[dict]:
         unit = torch.nn.functional.normalize(rows.activations[:256].float(), dim=1)
         sae = sae_with_l0(d_in, d_sae, 50, unit)
         found = memory.during(f"contexts, {n:,} rows", lambda: features.contexts(sae, rows.activations, torch.arange(n), rows.window))
-        shown = torch.cat([found["top_rows"], found["decile_rows"][:, :, 0]], dim=1)
-        latent, at = (shown >= 0).nonzero(as_tuple=True)
-        near = memory.during("tokens and activations around them", lambda: features.surroundings(sae, rows, latent, shown[latent, at]))
-        for name, values, kind in zip(("tokens", "acts"), near, (torch.int32, torch.float16), strict=True):
-            found[name] = torch.full((*shown.shape, values.shape[1]), -1 if name == "tokens" else 0, dtype=kind)
-            found[name][latent, at] = values
+        found |= memory.during("tokens and activations around them", lambda: features.shown_contexts(sae, rows, found))
         highest = found["top_values"][:, 0]
         found |= memory.during("shares", lambda: features.shares(found, rows, words.__getitem__, highest))
+        found |= memory.during("firing together", lambda: features.firing_together(sae, rows.activations, torch.arange(n)))
         nearest = memory.during("similar directions", lambda: features.similar_directions(sae.W_dec))
         found |= {"nearest": nearest[0], "nearest_cosine": nearest[1]}
         for name in ("promoted", "suppressed"):

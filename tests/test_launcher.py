@@ -396,3 +396,29 @@ def test_no_token_is_left_by_a_run(folder, where):
     assert MARK not in done.stdout + done.stderr and "Traceback" not in done.stderr
     left = [file for file in there.rglob("*") if file.is_file() and file.name != "secret_tokens.py" and MARK.encode() in file.read_bytes()]
     assert not left and len([*(there / "runs").rglob("*")]) > 1
+
+
+# An SAE from elsewhere
+
+
+def test_a_look_is_named_after_its_sae_and_patched_there(tmp_path, monkeypatch):
+    import formats
+    import typed
+
+    config = {"model_name": "a/b", "layer": 2}
+    monkeypatch.setattr(formats, "load", lambda source, hook, another_hook: type("SAE", (), {"config": config}))
+    calls = []
+    monkeypatch.setattr(experiment, "launch", lambda name, flags: calls.append((name, typed.parameters(flags))) or tmp_path / "done")
+    monkeypatch.setattr(u, "ROOT", tmp_path / "project")
+    (tmp_path / "project" / "runs" / "demo").mkdir(parents=True)
+    for source, name in {"runs/demo": "look-demo", "./runs/demo/": "look-demo", "google/gemma/x y": "look-google-gemma-x_y", str(tmp_path / "it's.pth"): "look-it_s.pth"}.items():
+        experiment.main(["features", source, "-p", "n_activations", "5", "--words", "-p seed 3"])
+        job, params = calls.pop()
+        assert job == "sae_training" and params.pop("run_dir") == f"runs/{name}" and params.pop("trained_sae") == ("runs/demo" if "demo" in source else source)
+        assert params == {"n_activations": "5", "seed": "3", "model_name": "a/b", "layer": "2"}
+    monkeypatch.undo()
+    monkeypatch.setattr(formats, "load", lambda source, hook, another_hook: type("SAE", (), {"config": config}))
+    monkeypatch.setattr(experiment, "launch", lambda name, flags: calls.append((name, typed.parameters(flags))) or tmp_path / "done")
+    assert experiment.main(["patch", "x/y", "--run", "there", "-p", "layer", "1", "--", "-p", "latents", "17 23", "--words", "-p name 007"]) == 0
+    assert calls == [("sae_training", {"trained_sae": "x/y", "run_dir": "runs/there", "model_name": "a/b", "layer": "1"}), ("patch_neurons", {"latents": "17 23", "name": "007", "run_dir": str(tmp_path / "done")})]
+    assert experiment.main(["patch", "x/y", "--", "-p", "latents", "no"]) == 2 and len(calls) == 2  # told before anything is looked at
