@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sae_utils as u
+import storing
 
 
 def test_encode_and_decode_are_the_equations(sae):
@@ -166,9 +167,9 @@ def test_no_flipped_bit_goes_unseen(with_digest, tmp_path, fresh_seed):
 @pytest.mark.parametrize("kind", ["arrays", "json"])
 def test_no_flipped_bit_of_arrays_and_parameters_goes_unseen(kind, tmp_path):
     value = {"a": torch.randn(5, 4).numpy(), "b": torch.arange(30).numpy()} if kind == "arrays" else {"parameters": {"lr": 3e-3, "name": "a\u4e2d", "list": [1, True, None, -0.5]}, "hook": "x"}
-    path, read = tmp_path / "file", u.load_arrays if kind == "arrays" else u.read_json
+    path, read = tmp_path / "file", storing.load_arrays if kind == "arrays" else storing.read_json
     same = lambda found: all(name in found and (found[name].tobytes() == v.tobytes() if kind == "arrays" else found[name] == v) for name, v in value.items())
-    u.save_arrays(path, value, compressed=True) if kind == "arrays" else u.write_json(path, value, sealed=True)
+    storing.save_arrays(path, value, compressed=True) if kind == "arrays" else storing.write_json(path, value, sealed=True)
     whole, refused = path.read_bytes(), 0
     assert same(read(path)) and len(read(path)) == len(value)
     for bit in range(8 * len(whole)):
@@ -214,7 +215,7 @@ def test_a_disk_that_will_not_have_it_is_one_sentence(sae, tmp_path, monkeypatch
         sae.save(tmp_path / "sae.pth")
     monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
     with pytest.raises(u.UserError, match="metrics.json could not be written .*see who may write there"):
-        u.write_json(tmp_path / "metrics.json", {})
+        storing.write_json(tmp_path / "metrics.json", {})
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError), u.atomic(tmp_path / "other"):
         (tmp_path / "none").read_text()  # what is not of writing is left as it is
