@@ -6,6 +6,8 @@ part's bytes, and `whole` puts the characters of consecutive tokens together.
 
 import html
 import itertools
+import os
+import re
 import time
 import unicodedata
 
