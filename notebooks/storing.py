@@ -52,6 +52,8 @@ def write_json(path: str | Path, value, sealed: bool = False) -> None:
         return None if isinstance(v, float) and not math.isfinite(v) else v
 
     value = plain(value)
+    if sealed:
+        value = json.loads(json.dumps(value))  # as it will be read: numpy's numbers and `Bytes` become plain ones
     with atomic(path) as temporary:
         text = json.dumps(value | {"digest": digest(value)} if sealed else value, indent=1, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")

@@ -451,7 +451,7 @@ def test_files_and_texts_that_are_none(tmp_path):
     file.write_bytes(b"\xef\xbb\xbfthe cat\r\na dog")
     assert patching.read_prompts([], str(file)) == ["the cat", "a dog"]
     for path in (tmp_path, tmp_path / "none", tmp_path / ("x" * 300), "/dev/zero"):
-        with pytest.raises(u.UserError, match="there is no such file|cannot be read"):
+        with pytest.raises(u.UserError, match="there is no such file|cannot be read|is no path"):
             patching.read_prompts([], str(path))
     (tmp_path / "p.jsonl").write_text('"a"\n"b \\ud800"\n')
     with pytest.raises(u.UserError, match="prompt 2 holds half of a character .*ud800"):
