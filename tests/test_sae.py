@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import sae_utils as u
+import showing
 import storing
 
 
@@ -200,9 +201,9 @@ def test_files_from_before_digests_open_and_that_is_told_once(sae, tmp_path, mon
 
 
 def test_what_json_makes_of_a_value_is_what_its_digest_is_of(tmp_path):
-    value = {"token": u.Bytes("他".encode()[:2]), "n": np.float64(0.1), 3: (1, 2.0), "nan": float("nan"), "text": "\u4e2d\u2028", "large": 10**30, "small": 5e-324, "minus": -0.0}
-    u.write_json(tmp_path / "a.json", value, sealed=True)
-    found = u.read_json(tmp_path / "a.json")
+    value = {"token": showing.Bytes("他".encode()[:2]), "n": np.float64(0.1), 3: (1, 2.0), "nan": float("nan"), "text": "\u4e2d\u2028", "large": 10**30, "small": 5e-324, "minus": -0.0}
+    storing.write_json(tmp_path / "a.json", value, sealed=True)
+    found = storing.read_json(tmp_path / "a.json")
     assert found == {"token": "\\xe4\\xbb", "n": 0.1, "3": [1, 2.0], "nan": None, "text": "\u4e2d\u2028", "large": 10**30, "small": 5e-324, "minus": 0.0} and "digest" in (tmp_path / "a.json").read_text()
 
 
