@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 import sae_utils
+import showing
 import training
 
 PLACES = 20 * 17  # shown of each latent, and the tokens around each, whose activations are worked out one by one
@@ -44,8 +45,8 @@ def refuse_what_does_not_fit(d_in: int, d_sae: int, batch_size: int, device: str
     needed, free = (16 if batch_size else 4) * 2 * d_in * d_sae + 4 * batch_size * d_sae, free_memory(device)
     if needed > free:
         raise sae_utils.UserError(
-            f"{d_sae:,} latents of {d_in:,} dimensions{f', {batch_size:,} rows a step,' * (batch_size > 0)} take at least {sae_utils.in_bytes(needed)} of memory, "
-            f"and {sae_utils.in_bytes(free)} are free on {device}: lower expansion{' or batch_size' * (batch_size > 0)}."
+            f"{d_sae:,} latents of {d_in:,} dimensions{f', {batch_size:,} rows a step,' * (batch_size > 0)} take at least {showing.in_bytes(needed)} of memory, "
+            f"and {showing.in_bytes(free)} are free on {device}: lower expansion{' or batch_size' * (batch_size > 0)}."
         )
 
 
@@ -96,12 +97,12 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
 
 def card(stages: list[dict], threads: int) -> str:
     """A line for each of `stages`, and their sum; and what the trials ran beside, since on busy cores they are slower."""
-    long = lambda stage: sae_utils.duration(stage["seconds"]) if stage["seconds"] else "stored"
+    long = lambda stage: showing.duration(stage["seconds"]) if stage["seconds"] else "stored"
     lines = [
-        f"{stage['stage']:>20}: {long(stage):>12}   {sae_utils.in_bytes(stage['bytes']):>8}" + (f"   at most {sae_utils.duration(stage['at_most'])}" if "at_most" in stage else "")
+        f"{stage['stage']:>20}: {long(stage):>12}   {showing.in_bytes(stage['bytes']):>8}" + (f"   at most {showing.duration(stage['at_most'])}" if "at_most" in stage else "")
         for stage in stages
     ]
-    lines.append(f"{'in all':>20}: {sae_utils.duration(sum(stage['seconds'] for stage in stages)):>12}")
+    lines.append(f"{'in all':>20}: {showing.duration(sum(stage['seconds'] for stage in stages)):>12}")
     busy = os.getloadavg()[0]
     lines.append(f"tried just now with {threads} thread{'s' * (threads > 1)} on {os.cpu_count()} cores, on which {busy:.1f} programs ran in the last minute")
     return "\n".join(lines)

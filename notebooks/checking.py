@@ -22,7 +22,9 @@ import editing
 import harvest
 import patching
 import sae_utils
-from sae_utils import UserError, hub_errors, in_bytes
+import showing
+from sae_utils import UserError, hub_errors
+from showing import in_bytes
 
 SENTENCES = [
     "The history of the town begins with a bridge. It was built of wood, burned twice, and was built again of stone by the people who lived on both banks of the river.",
@@ -54,8 +56,8 @@ class Found:
 
     def shown(self, places: list[int], ids: list[int]) -> str:
         """Some of the tokens `ids` as text, a bar between any two."""
-        text = sae_utils.TokenText(self.tokenizer)
-        return "|".join(sae_utils.visible(piece) for piece in sae_utils.whole([text(ids[place]) for place in places]))
+        text = showing.TokenText(self.tokenizer)
+        return "|".join(showing.visible(piece) for piece in showing.whole([text(ids[place]) for place in places]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def cost(params: dict, found: Found) -> str:
         raise UserError(f"{needed['stage']} needs {in_bytes(needed['bytes'])} of memory beside the model, and {in_bytes(free)} are free: lower expansion or batch_size, or close other programs.")
     seconds, tried = sum(stage["seconds"] for stage in stages), "trials measured just now, the rest worked out from them, nothing taken as stored"
     card = budget.card(stages, torch.get_num_threads())
-    return f"{sae_utils.duration(seconds)}, at most {in_bytes(needed['bytes'])} of memory beside the model, {in_bytes(disk)} on disk ({tried})\n{card}"
+    return f"{showing.duration(seconds)}, at most {in_bytes(needed['bytes'])} of memory beside the model, {in_bytes(disk)} on disk ({tried})\n{card}"
 
 
 # name: (the checks without which it cannot be tried, what it does), in the order of the lines

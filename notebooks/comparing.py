@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import sae_utils
+import showing
+import storing
 from listing import Run
 from sae_utils import UserError
 
@@ -150,7 +152,7 @@ def stability(run: Run, group: list[Run], above: float = 0.9, most: int = 3) -> 
         cosine[i, which], match[i, which] = best.numpy(), theirs[at].numpy()
     if seeds:
         found = {"runs": [seed.name for seed in seeds], "cosine": cosine, "match": match, "stability": cosine.mean(0)}
-        sae_utils.save_arrays(run.folder / "stability.npz", found, compressed=True)
+        storing.save_arrays(run.folder / "stability.npz", found, compressed=True)
     # numpy's numbers: torch's of the same seed are the very directions that an SAE begins with
     noise = torch.from_numpy(np.random.default_rng(run.params["seed"]).standard_normal((run.metrics["d_sae"], rows.shape[1])))
     return {
@@ -222,7 +224,7 @@ def curves_figure(fig, group: list[Run]) -> None:
     panels = {"held_out_fvu": "fvu", "held_out_l0": "L0", "held_out_dead": "share of latents silent"}
     for ax, (column, title) in zip(fig.subplots(1, 3), panels.items(), strict=True):
         for i, run in enumerate(group):
-            style = {"color": plt.cm.tab20(i % 20), "ls": ("-", "--", ":", "-.")[i // 20 % 4], "label": sae_utils.plot_text(run.name)}
+            style = {"color": plt.cm.tab20(i % 20), "ls": ("-", "--", ":", "-.")[i // 20 % 4], "label": showing.plot_text(run.name)}
             ax.plot([h["step"] for h in run.history], [h.get(column, np.nan) for h in run.history], ".", ms=3, lw=1, **style)
         values = [h[column] for run in group for h in run.history if column in h]
         wide = column != "held_out_dead" and max(values, default=0) > 3 * min(values, default=0) > 0
@@ -235,7 +237,7 @@ def curves_figure(fig, group: list[Run]) -> None:
 def stability_figure(fig, stable: list[dict], above: float) -> None:
     """What `stability` returns of some runs: the three shares, and every latent's own stability from the highest down."""
     bars, curves = fig.subplots(1, 2, width_ratios=[1, 1.2])
-    where, names = np.arange(len(stable)), [sae_utils.plot_text(s["run"]) for s in stable]
+    where, names = np.arange(len(stable)), [showing.plot_text(s["run"]) for s in stable]
     for i, (arm, label, colour) in enumerate((("same", "same settings", "tab:blue"), ("other", "other settings", "tab:orange"), ("random", "random", "0.6"))):
         drawn = bars.barh(where + 0.27 * (i - 1), [s[arm] or 0 for s in stable], 0.25, label=label, color=colour)
         bars.bar_label(drawn, ["" if s[arm] is None else f"{s[arm]:.1%}" for s in stable], fontsize=5, padding=2)

@@ -29,6 +29,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sae_utils
+import showing
+import storing
 import typed
 
 
@@ -316,7 +318,7 @@ def begin_again(folder: Path) -> None:
     """Before a notebook writes into a folder that it has claimed: what says that it is finished goes, and what a killed process left."""
     for name in (".done", ".made"):
         (folder / name).unlink(missing_ok=True)
-    sae_utils.sweep_temporary(folder)
+    storing.sweep_temporary(folder)
 
 
 def finish(folder: Path, notebook: str) -> None:
@@ -383,7 +385,7 @@ def finished_run(run_dir: str) -> Path:
 def recorded_params(file: Path, notebook: str) -> dict:
     """The parameters that `file`, a params.json, records; those that are newer than it at their defaults."""
     try:
-        recorded = dict(sae_utils.read_json(file)["parameters"])
+        recorded = dict(storing.read_json(file)["parameters"])
     except (ValueError, KeyError, TypeError):
         raise sae_utils.UserError(f"{sae_utils.show_path(file)} is cut off, or not of this project: look at it, or take another name (RUN=, SWEEP=).") from None
     return {name: p.default for name, p in declared_params(notebook).items()} | recorded
@@ -410,7 +412,7 @@ def refuse_other_params(file: Path, params: dict, notebook: str) -> None:
 def record_params(file: Path, params: dict, **more) -> None:
     """Writes params.json: the parameters as resolved, package versions, git commit."""
     packages = ("torch", "transformers", "datasets", "numpy", "papermill")
-    sae_utils.write_json(file, {
+    storing.write_json(file, {
         "parameters": params,
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "git_commit": (git("rev-parse", "HEAD") or "").strip() or None,
@@ -482,7 +484,7 @@ def launch(name: str, flags: list[str]) -> Path:
             with lock.acquire(timeout=0):
                 finished = FOLDERS[name](params)[1] or settle(folder, folder / source.name)  # by another process just now, or by one that was killed
                 if not finished:
-                    sae_utils.sweep_temporary(folder)
+                    storing.sweep_temporary(folder)
                     before = {file.name for file in folder.iterdir()}
                     try:
                         execute(source, folder, params)
@@ -567,7 +569,7 @@ def harvest_layers(layers: str, flags: list[str]) -> None:
         raise sae_utils.UserError(" ".join(dict.fromkeys(mistakes)))
 
 
-def as_text_of(sae: sae_utils.SAE) -> sae_utils.TokenText:
+def as_text_of(sae: sae_utils.SAE) -> showing.TokenText:
     """The text of tokens of the model that the SAE was trained on."""
     import transformers
 
@@ -575,7 +577,7 @@ def as_text_of(sae: sae_utils.SAE) -> sae_utils.TokenText:
     sae_utils.use_hf_token()
     with sae_utils.hub_errors("model", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(sae_utils.local_or_hub(name, "model"), revision=revision or None, trust_remote_code=False)
-    return sae_utils.TokenText(tokenizer)
+    return showing.TokenText(tokenizer)
 
 
 def relabel(run_dir: str) -> Path:
@@ -662,7 +664,7 @@ def export(run_dir: str, format: str, out: str = "") -> Path:
 
     folder = finished_run(run_dir)
     sae, params = sae_utils.SAE.load(folder / "sae.pth"), recorded_params(folder / "params.json", "sae_training")
-    about = {"run": folder.name, "metrics": sae_utils.read_json(folder / "metrics.json")}
+    about = {"run": folder.name, "metrics": storing.read_json(folder / "metrics.json")}
     if not params["trained_sae"]:  # how an SAE from elsewhere was trained is not known here
         without_a_say = {"run_dir", "trained_sae", *FREE, *idle(params)}
         about["settings"] = {name: value for name, value in params.items() if name not in without_a_say}

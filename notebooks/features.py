@@ -23,6 +23,8 @@ from torch import Tensor
 
 import editing
 import sae_utils
+import showing
+import storing
 from sae_utils import nonzero_flat
 
 TOP, PER_DECILE, AROUND = 10, 5, 8  # contexts shown, contexts of each tenth, tokens to either side
@@ -131,8 +133,8 @@ def contexts(sae: sae_utils.SAE, activations: Tensor, index: Tensor, document: T
 def token_classes(pieces: list[str]) -> Tensor:
     """(len(pieces), CLASSES) boolean: simple classes of tokens by their text. They overlap: " Paris" is
     a capital and the start of a word. "in a word" goes on with one: letters without a space before. A part
-    of a character (`sae_utils.Bytes`) is in none."""
-    pieces = ["" if isinstance(piece, sae_utils.Bytes) else piece for piece in pieces]
+    of a character (`showing.Bytes`) is in none."""
+    pieces = ["" if isinstance(piece, showing.Bytes) else piece for piece in pieces]
     word = [piece.strip() for piece in pieces]
     return torch.tensor([
         [any(map(str.isdigit, w)), w[:1].isupper(), bool(w) and not any(map(str.isalnum, w)), p[:1].isspace() and w[:1].isalpha(), p[:1].isalpha()]
@@ -513,7 +515,7 @@ def read_labels(path: Path) -> dict[int, str]:
 def save(path: Path, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """features.npz: all of `found` but the places drawn, of which the figures are there already. Returns what it holds."""
     kept = {name: value.numpy() for name, value in found.items() if not name.startswith("drawn")}
-    sae_utils.save_arrays(path, kept, compressed=True)
+    storing.save_arrays(path, kept, compressed=True)
     return kept
 
 
@@ -521,7 +523,7 @@ def read(run: Path) -> dict[str, np.ndarray]:
     """What `save` wrote of a finished run. UserError where the file is damaged, or of an earlier version."""
     path = run / "features.npz"
     try:
-        kept = sae_utils.load_arrays(path)
+        kept = storing.load_arrays(path)
     except sae_utils.UserError as error:
         raise sae_utils.UserError(f"{str(error).removesuffix('.')}: copy it again, or train the run again under another name.") from None
     if missing := [name for name in ("tokens", "acts", "fired_tokens", "histogram", "density", "max_act", "base_classes") if name not in kept]:
@@ -533,14 +535,14 @@ def card(saved: dict, latent: int, as_text, label: str = "", n: int = 5) -> str:
     """HTML of one latent, of what features.npz holds: where it fires most (n places), a place from every
     other tenth of its activations from the weakest up, how strongly and on what it fires, what it promotes."""
     at = lambda name: np.atleast_1d(saved[name][latent])
-    words = lambda tokens: " ".join(sae_utils.shade([as_text(int(t))], [0]) for t in tokens if t >= 0)
+    words = lambda tokens: " ".join(showing.shade([as_text(int(t))], [0]) for t in tokens if t >= 0)
     percent = lambda share: f"{100 * share:.3g} %"
     density, highest = at("density").item(), max(at("max_act").item(), float(at("acts").max()))
 
     def place(i: int) -> str:
         kept, acts = at("tokens")[i] >= 0, at("acts")[i]
         pieces, middle = [as_text(int(t)) for t in at("tokens")[i][kept]], int(kept[:AROUND].sum())
-        return f"{acts[AROUND]:.2f} {sae_utils.shade(pieces, acts[kept], top=highest, framed=middle)}"
+        return f"{acts[AROUND]:.2f} {showing.shade(pieces, acts[kept], top=highest, framed=middle)}"
 
     def others(name: str, value: str) -> str:
         return ", ".join(f"{other} ({v:.2f})" for other, v in zip(at(name), at(value), strict=True) if other >= 0) or "none"
@@ -578,12 +580,12 @@ def packed(arrays: dict[str, np.ndarray]) -> tuple[str, list]:
 
 def make_whole(text: np.ndarray, starts: np.ndarray, words: list[str]) -> None:
     """Characters that are spread over several tokens are put together, in place. `text` (tokens) are indices into `words`, to
-    which is added what `sae_utils.whole` makes of them, of each piece of starts[i] to starts[i + 1] by itself."""
-    part = np.array([isinstance(word, sae_utils.Bytes) for word in words])
+    which is added what `showing.whole` makes of them, of each piece of starts[i] to starts[i + 1] by itself."""
+    part = np.array([isinstance(word, showing.Bytes) for word in words])
     place = {word: i for i, word in enumerate(words)}
     for i in np.unique(np.searchsorted(starts, part[text].nonzero()[0], side="right") - 1):
         here = slice(starts[i], starts[i + 1])
-        pieces = sae_utils.whole([words[word] for word in text[here]])
+        pieces = showing.whole([words[word] for word in text[here]])
         new = [piece for piece in dict.fromkeys(pieces) if piece not in place]
         place |= {piece: len(words) + n for n, piece in enumerate(new)}
         words += new
@@ -601,8 +603,8 @@ def firing(text: np.ndarray, starts: np.ndarray, places: np.ndarray, words: list
             if there >= 0:
                 whole = next((t for t in range(there, least, -1) if words[text[t]]), least)
                 word = text[whole].item()
-                if whole < there and (word := place.setdefault(words[word] + sae_utils.CONTINUED, len(words))) == len(words):
-                    words.append(words[text[whole]] + sae_utils.CONTINUED)
+                if whole < there and (word := place.setdefault(words[word] + showing.CONTINUED, len(words))) == len(words):
+                    words.append(words[text[whole]] + showing.CONTINUED)
                 seen[word] += 1
         most = [word for word, _ in seen.most_common(n)]
         found[i, : len(most)] = most
@@ -630,7 +632,7 @@ def about_run(folder: Path, as_text) -> dict:
     """
     about: dict = {"run": Path(os.path.relpath(folder, sae_utils.ROOT / "runs")).as_posix()}
     if (folder / "metrics.json").exists():
-        metrics = sae_utils.read_json(folder / "metrics.json")
+        metrics = storing.read_json(folder / "metrics.json")
         interval = metrics.get("fidelity", {}).get("sae", {}).get("ce_increase")
         rise = "{:+.4f} ({:+.4f} to {:+.4f})".format(*interval) if interval else ""
         said = [
@@ -653,7 +655,7 @@ def about_run(folder: Path, as_text) -> dict:
         except (ValueError, LookupError, TypeError, csv.Error):
             raise sae_utils.UserError(f"{sae_utils.show_path(folder / 'known.csv')} is damaged, or cut off: copy it again, or take it away to do without.") from None
     if (folder / "stability.npz").exists():
-        about["stability"] = sae_utils.load_arrays(folder / "stability.npz")
+        about["stability"] = storing.load_arrays(folder / "stability.npz")
     return about
 
 

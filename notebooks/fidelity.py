@@ -17,6 +17,8 @@ from torch import Tensor
 
 import editing
 import sae_utils
+import showing
+import storing
 
 ROW_SUMS = ("rows", "error", "distance", "cosine", "norm_ratio", "active")
 TEXT_SUMS = ("ce", "rise", "kl", "top1_changed", "tokens")
@@ -309,10 +311,10 @@ def text_sums(
     """
     sums = torch.zeros(len(windows), len(arms), len(TEXT_SUMS), dtype=torch.float64)
     key = hashlib.sha256(repr((key, list(arms), baselines_every, windows)).encode()).hexdigest()
-    done, number, due, told = 0, 0, sae_utils.Every(60 * minutes), sae_utils.Every(10, longest=60)
+    done, number, due, line = 0, 0, showing.Every(60 * minutes), showing.Line()
     if keep and keep.exists():
         try:
-            before = sae_utils.load_arrays(keep)
+            before = storing.load_arrays(keep)
         except sae_utils.UserError as error:  # it only saves time
             before = print(f"{error} What is measured starts again from the beginning.") or {}
         if str(before.get("key")) == key:
@@ -351,9 +353,9 @@ def text_sums(
         done, number = done + len(batch), number + 1
         ended = ends()
         if keep and (due() or ended or done == len(windows)):
-            sae_utils.save_arrays(keep, {"key": key, "done": done, "number": number, "sums": sums})
-        if told():
-            print(f"{done:,} of at most {len(windows):,} windows")
+            storing.save_arrays(keep, {"key": key, "done": done, "number": number, "sums": sums})
+        if line.due():
+            line.say(f"{done:,} of at most {len(windows):,} windows")
     return sums[:done]
 
 

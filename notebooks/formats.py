@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import sae_utils
+import storing
 from sae_utils import UserError
 
 # ---------------------------------------------------------------------------------------------
@@ -518,7 +519,7 @@ def export(sae: sae_utils.SAE, folder: str | Path, format: str, about: dict) -> 
     try:
         for name, content in files:
             if name.endswith(".json"):
-                sae_utils.write_json(new / name, content)
+                storing.write_json(new / name, content)
             else:
                 (new / name).write_bytes(safetensors.torch.save({key: tensor.detach().cpu().float().contiguous() for key, tensor in content.items()}))
         for file in before:

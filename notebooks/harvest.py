@@ -30,10 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_utils import (
-    Every, UserError, atomic, duration, encode_text, hub_errors, in_bytes, local_or_hub, pad, resolve, run_to_hooks, show_path, special_ids, use_hf_token,
-    with_bos, write_json,
-)  # fmt: skip
+from sae_utils import UserError, atomic, encode_text, hub_errors, local_or_hub, pad, resolve, run_to_hooks, show_path, special_ids, use_hf_token, with_bos
+from showing import Line, duration, in_bytes
+from storing import write_json
 
 STORE_VERSION = 4
 SPLIT_SEED = 0  # of the choice of held-out documents: no parameter, so that runs of other seeds are judged on the same text
@@ -789,7 +788,7 @@ def harvest(
 
     filters = {"left_out": special_ids(tokenizer) if tokenizer else [], "first_token": not counts.get("bos_tokens", 1)}
     about = {"filters": filters} | {name: loaded[name] for name in ("model_name", "model_revision", "dataset_name", "dataset_revision", "dataset_config", "dataset_split")}
-    due, begin, fresh = Every(10, longest=60), time.monotonic(), 0
+    line, begin, fresh = Line(), time.monotonic(), 0
     try:
         for store, width in zip(stores, widths, strict=True):
             store.begin(tokens, counts, about, width)
@@ -802,10 +801,10 @@ def harvest(
                 for store, x in zip(todo, forward(batch, [store.hook for store in todo]), strict=True):
                     store.write(x, spans, locate, loaded["non_finite"])
                 fresh += sum(b - a for a, b in spans)
-                if due():
+                if line.due():
                     rate = fresh / (time.monotonic() - begin)
                     left = (counts["rows"] - min(done) - fresh) / rate / 60
-                    print(f"harvest: {min(done) + fresh:,} of {counts['rows']:,} rows, {rate:,.0f} rows/s, {left:.1f} min left", flush=True)
+                    line.say(f"harvest: {min(done) + fresh:,} of {counts['rows']:,} rows, {rate:,.0f} rows/s, {left:.1f} min left")
             for store in todo:
                 store.end_shard(row_of[first], row_of[last])
         for store in stores:

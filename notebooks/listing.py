@@ -20,6 +20,8 @@ import numpy as np
 
 import experiment
 import sae_utils
+import showing
+import storing
 from sae_utils import UserError
 
 NOTEBOOK = "sae_training"
@@ -193,7 +195,7 @@ def line_of(run: Run) -> list[str]:
     formats = {"l0": ".1f", "fvu": ".4f", "ce_increase": "+.4f", "dead": ".1%"}
     numbers = [f"{run.figures[name]:{form}}" if run.figures else "" for name, form in formats.items()]
     state = "broken" if run.state == "finished" and not run.figures else run.state
-    return [run.name, state, *about, *numbers, sae_utils.in_bytes(sum(stat.st_size for stat in files.values())), f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.0f} d"]
+    return [run.name, state, *about, *numbers, showing.in_bytes(sum(stat.st_size for stat in files.values())), f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.0f} d"]
 
 
 def table_of_runs(root: Path, patterns: str = "*") -> str:
@@ -224,7 +226,7 @@ def remove(root: Path, name: str, yes: bool = False) -> bool:
                     return False
             except EOFError:  # Ctrl-D
                 return False
-            sae_utils.sweep_temporary(root)
+            storing.sweep_temporary(root)
             going = root / f".{name}.{os.getpid()}.tmp"  # at once: what is stopped half-way is no run that looks whole
             shutil.rmtree(folder.rename(going))
             return True

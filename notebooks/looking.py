@@ -14,6 +14,7 @@ from torch import Tensor
 import editing
 import patching
 import sae_utils
+import showing
 from sae_utils import UserError
 
 OPERATIONS = ("set_value", "add", "amplify", "ablate")  # those with one dose, or none
@@ -48,8 +49,8 @@ def look(model, tokenizer, hook_name: str, sae: sae_utils.SAE, text: str, kept: 
         raise UserError('there is no text to look at: give a sentence, TEXT="…".')
     (prompt,) = patching.encode_prompts(tokenizer, [text], chat=False)
     patching.check_prompts(model, tokenizer, [prompt], 0)
-    as_text, acts = sae_utils.TokenText(tokenizer), patching.text_acts(model, tokenizer, hook_name, sae, prompt).cpu()
-    tokens = sae_utils.whole([as_text(token) for token in prompt])
+    as_text, acts = showing.TokenText(tokenizer), patching.text_acts(model, tokenizer, hook_name, sae, prompt).cpu()
+    tokens = showing.whole([as_text(token) for token in prompt])
     told = lambda found: found | {"about": about(found["latent"], kept, names, as_text)}
     special, top = set(sae_utils.special_ids(tokenizer)), fires(acts, sae.max_act.cpu(), n)
     return [
@@ -61,9 +62,9 @@ def look(model, tokenizer, hook_name: str, sae: sae_utils.SAE, text: str, kept: 
 
 def as_lines(found: list[dict]) -> str:
     """The same as lines of text, for a terminal."""
-    width = max(len(sae_utils.visible(line["token"])) for line in found)
+    width = max(len(showing.visible(line["token"])) for line in found)
     return "\n".join(
-        f"{sae_utils.visible(line['token']) if i == 0 else '':>{width}}  {latent['latent']:6} {latent['act']:6.2f}  {latent['about']}".rstrip()
+        f"{showing.visible(line['token']) if i == 0 else '':>{width}}  {latent['latent']:6} {latent['act']:6.2f}  {latent['about']}".rstrip()
         for line in found
         for i, latent in enumerate(line["latents"] or [{"latent": "-", "act": 0.0, "about": "nothing fires"}])
     )
@@ -80,7 +81,7 @@ def as_table(found: list[dict], page: str = "") -> str:
 
     strongest = lambda line: line["latents"][0]["act"] if line["latents"] else 0.0
     rows = (
-        f'<tr><th style="text-align:right;white-space:nowrap">{sae_utils.shade([line["token"]], [strongest(line)], top=top)}<br><small>{line["in_all"]} fire</small></th>'
+        f'<tr><th style="text-align:right;white-space:nowrap">{showing.shade([line["token"]], [strongest(line)], top=top)}<br><small>{line["in_all"]} fire</small></th>'
         + "".join(map(cell, line["latents"])) + "</tr>"
         for line in found
     )  # fmt: skip
@@ -144,7 +145,7 @@ def tried(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompt: str, edi
     model, in nats per token, beside its own."""
     (ids,) = prompts = patching.encode_prompts(tokenizer, [prompt], chat=False)
     patching.check_prompts(model, tokenizer, prompts, max_new_tokens)
-    as_text, pairs = sae_utils.TokenText(tokenizer), patching.patches([edit], sae, tokenizer)
+    as_text, pairs = showing.TokenText(tokenizer), patching.patches([edit], sae, tokenizer)
     run = lambda: (editing.next_logprobs(model, prompts)[0], editing.generate(model, tokenizer, prompts, max_new_tokens))
     before, original = run()
     with editing.intervene(model, hook_name, sae, tokenizer, pairs) as wrapper:
@@ -176,7 +177,7 @@ def panel(model, tokenizer, hook_name: str, sae: sae_utils.SAE, kept: dict, name
     text side by side, renewed when a field is left or the slider let go; below, the same in Python and as a file of edits."""
     import ipywidgets as w
 
-    as_text, wide = sae_utils.TokenText(tokenizer), w.Layout(width="100%")
+    as_text, wide = showing.TokenText(tokenizer), w.Layout(width="100%")
     fields = {
         "latents": w.Text(value=" ".join(map(str, latents)), description="latents", continuous_update=False, placeholder="numbers, or a word to search for"),
         "operation": w.Dropdown(options=OPERATIONS, description="operation"),

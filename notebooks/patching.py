@@ -14,6 +14,8 @@ from torch import Tensor
 
 import editing
 import sae_utils
+import showing
+import storing
 from sae_utils import UserError
 
 OPERATIONS = ("ablate", "amplify", "set_value", "add", "clamp")
@@ -59,7 +61,7 @@ def check_run(sae: sae_utils.SAE, run: Path) -> None:
 
 def cross_entropies(run: Path) -> tuple[float, float]:
     """(of the model as it is, with the reconstruction in place), as a finished run's metrics.json has them."""
-    measured = sae_utils.read_json(run / "metrics.json")
+    measured = storing.read_json(run / "metrics.json")
     found = [measured.get(name) for name in ("ce_clean", "ce_spliced")]
     if not all(isinstance(value, float) for value in found):
         raise UserError(f"{sae_utils.show_path(run / 'metrics.json')} has no numbers for ce_clean and ce_spliced: train the run again under another name.")
@@ -529,11 +531,11 @@ def compared(change: Tensor, control_change: list[Tensor], seed: int, lowers: bo
 
 def pieces(as_text, ids: list[int], reference: list[int]) -> list[dict]:
     """A continuation's tokens as {"text", "differs"}: `differs` at the first one that is not the reference's. Characters
-    are whole (`sae_utils.whole`)."""
+    are whole (`showing.whole`)."""
     shorter = min(len(ids), len(reference))
     first = next((i for i in range(shorter) if ids[i] != reference[i]), shorter)
-    texts = enumerate(sae_utils.whole([as_text(t) for t in ids]))
-    return [{"text": text or sae_utils.CONTINUED if i == first else text, "differs": i == first} for i, text in texts]
+    texts = enumerate(showing.whole([as_text(t) for t in ids]))
+    return [{"text": text or showing.CONTINUED if i == first else text, "differs": i == first} for i, text in texts]
 
 
 def biggest_moves(as_text, before: Tensor, after: Tensor, n: int = 4) -> list[dict]:
@@ -568,7 +570,7 @@ def shaded(as_text, prompts: list[list[int]], texts: list[list[int]], values: li
     top = max([v for line in values for v in line], default=0.0)
     end = lambda prompt: f"…{html.escape(as_text(prompt[-8:]))} <b>|</b> "
     lines = zip(prompts[:most], texts[:most], values[:most], strict=True)
-    return "<br>".join(end(prompt) + sae_utils.shade([as_text(t) for t in ids], line, color=colour, top=top) for prompt, ids, line in lines)
+    return "<br>".join(end(prompt) + showing.shade([as_text(t) for t in ids], line, color=colour, top=top) for prompt, ids, line in lines)
 
 
 def findings(result: dict) -> list[str]:

@@ -12,6 +12,7 @@ import experiment
 import fidelity
 import formats
 import sae_utils
+import storing
 from sae_utils import UserError
 
 # What stands in the card of the run's parameters, where it is given and had a say; the others are of the machine or are said elsewhere.
@@ -49,7 +50,7 @@ def model_card(run: str | Path, repo: str, format: str = "saelens") -> str:
     datasets is claimed for it. UserError where a figure that it is made of is lacking.
     """
     run = Path(run)
-    record, metrics = (sae_utils.read_json(run / name) for name in ("params.json", "metrics.json"))
+    record, metrics = (storing.read_json(run / name) for name in ("params.json", "metrics.json"))
     params = experiment.recorded_params(run / "params.json", "sae_training")
     if params["trained_sae"]:
         raise UserError(f"{sae_utils.show_path(run)} looks at an SAE that was not trained in this run: publish it from the run that did.")
@@ -114,7 +115,7 @@ def publish(run: Path, exported: Path, repo: str, dry_run: bool = False, private
     shutil.copytree(exported, folder)
     readme.write_text(card, encoding="utf-8")
     for file in folder.rglob("*.json"):
-        sae_utils.write_json(file, without_places(json.loads(file.read_text(encoding="utf-8"))))
+        storing.write_json(file, without_places(json.loads(file.read_text(encoding="utf-8"))))
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     print(f"{sae_utils.show_path(folder)}: {', '.join(sorted(files))}")
     if dry_run:

@@ -29,6 +29,7 @@ from torch.utils.tensorboard.summary import hparams
 
 import fidelity
 import sae_utils
+import showing
 
 A4 = (8.27, 11.69)  # inches
 LEFT, RIGHT, TOP, BOTTOM = 0.8, 0.8, 0.8, 0.8  # margins, inches
@@ -168,7 +169,7 @@ class Report:
         self.room(2.1 * size / 72)
         advance, value = MONO * size / 72, f"{acts[centre]:.2f}"
         most = int((A4[0] - LEFT - RIGHT - x) / advance) - 6
-        pieces = [sae_utils.visible(piece) for piece in pieces]
+        pieces = [showing.visible(piece) for piece in pieces]
         while len(pieces) > 1 and sum(map(columns, pieces)) > most:  # shorten where more stands, the centre last
             if centre > 0 and sum(map(columns, pieces[:centre])) >= sum(map(columns, pieces[centre + 1 :])):
                 pieces, acts, centre = pieces[1:], acts[1:], centre - 1
@@ -477,7 +478,7 @@ def made(file: Path, device: str) -> str:
     recorded, begun, now = json.loads(file.read_text()), file.stat().st_mtime, time.time()
     utc = lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
     versions = ", ".join(f"{name} {version}" for name, version in recorded["versions"].items())
-    return f"Begun {utc(begun)}, this report {sae_utils.duration(now - begun)} later, on {device}; commit {(recorded['git_commit'] or 'unknown')[:12]}; {versions}."
+    return f"Begun {utc(begun)}, this report {showing.duration(now - begun)} later, on {device}; commit {(recorded['git_commit'] or 'unknown')[:12]}; {versions}."
 
 
 def first_page(pages: Report, params: dict, sae: sae_utils.SAE, metrics: dict, when: str = "") -> None:
@@ -571,7 +572,7 @@ def latent_entry(pages: Report, latent: int, kept: dict, effect: dict | None, as
     for place in [0, 1, 2, 3, n_places - 10, n_places - 5, n_places - 1]:
         there = at("tokens")[place] >= 0
         if there[width // 2]:
-            acts, pieces = at("acts")[place], sae_utils.whole([as_text(int(token)) for token in at("tokens")[place][there]])
+            acts, pieces = at("acts")[place], showing.whole([as_text(int(token)) for token in at("tokens")[place][there]])
             pages.tokens(pieces, acts[there].tolist(), highest, int(there[: width // 2].sum()))
     words = lambda ids: " ".join(as_text(int(token)).strip() or "·" for token in ids[:8])
     pages.paragraph(f"promotes {words(at('promoted'))}   suppresses {words(at('suppressed'))}", size=7)
@@ -594,7 +595,7 @@ def definitions(pages: Report) -> None:
 def write_overview(path: Path, title: str, four: list) -> None:
     """One picture of a run: `title` and four drawings (functions of a figure), row by row."""
     fig = plt.figure(figsize=(13, 9), layout="constrained")
-    fig.suptitle("\n".join(sae_utils.plot_text(plain(line)) for line in textwrap.wrap(title, 150)), size=11, family=fonts_for(plain(title)))
+    fig.suptitle("\n".join(showing.plot_text(plain(line)) for line in textwrap.wrap(title, 150)), size=11, family=fonts_for(plain(title)))
     for part, draw in zip(fig.subfigures(2, 2, height_ratios=[6, 5]).flat, four, strict=True):
         draw(part)
     with sae_utils.atomic(path) as temporary:

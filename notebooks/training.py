@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.adam import adam as functional_adam
 
 import sae_utils
+import showing
 from sae_utils import nonzero_flat
 
 # Share of active entries below which the sparse step is the faster one on a CPU: `make bench
@@ -392,25 +393,30 @@ class Trainer:
 
 
 class Progress:
-    """Prints a line now and then, within an epoch that is longer than `seconds`; then at most once in as long, and rarer up to a minute.
+    """Tells how far training is: in a log a line now and then, within an epoch that is longer than `seconds`, then at most once in as
+    long and rarer up to a minute; in Jupyter one that renews itself.
 
-    Call it after each step, with how many of how many rows of the epoch are done. `variance`: of the rows as they are trained
-    on, a dimension's mean, which mse is held against (fvu).
+    `begin` an epoch, then call it after each step, with how many of how many rows of the epoch are done. `variance`: of the rows as
+    they are trained on, a dimension's mean, which mse is held against (fvu).
     """
 
-    def __init__(self, trainer: Trainer, total_steps: int, variance: float, seconds: float):
-        self.trainer, self.total, self.variance, self.due = trainer, total_steps, variance, sae_utils.Every(seconds, longest=60)
-        self.begun, self.first_step, self.first_row = time.monotonic(), trainer.steps, None
+    def __init__(self, trainer: Trainer, total_steps: int, variance: float, seconds: float = 10.0):
+        self.trainer, self.total, self.variance, self.line = trainer, total_steps, variance, showing.Line(seconds)
+        self.begin()
+
+    def begin(self) -> None:
+        self.line.begin()
+        self.begun, self.first_step, self.first_row = time.monotonic(), self.trainer.steps, None
 
     def __call__(self, done: int, rows: int) -> None:
         if self.first_row is None:  # after the first step, which may be slow
             self.begun, self.first_step, self.first_row = time.monotonic(), self.trainer.steps, done
-        if not self.due():
+        if not self.line.due():
             return
         found, step = self.trainer.means(), self.trainer.steps
         took = max(1e-9, time.monotonic() - self.begun)
-        left = sae_utils.duration((self.total - step) * took / max(1, step - self.first_step))
-        print(f"step {step:,} of {self.total:,} ({step / self.total:.0%}), {done / rows:.0%} of the epoch: fvu {found['mse'] / self.variance:.4f}, l0 {found['l0']:.1f}; {(done - self.first_row) / took:,.0f} rows/s, {left} left")
+        left = showing.duration((self.total - step) * took / max(1, step - self.first_step))
+        self.line.say(f"step {step:,} of {self.total:,} ({step / self.total:.0%}), {done / rows:.0%} of the epoch: fvu {found['mse'] / self.variance:.4f}, l0 {found['l0']:.1f}; {(done - self.first_row) / took:,.0f} rows/s, {left} left")
 
 
 def save_checkpoint(path: Path, trainer: Trainer, rows: str, **more) -> None:

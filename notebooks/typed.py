@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 import sae_utils
+import showing
 from sae_utils import UserError
 
 MOST = 1_000_000  # bytes of a file of parameters
@@ -77,7 +78,7 @@ def read_file(path: str | Path, what: str) -> str:
         with path.open("rb") as file:
             content = file.read(MOST + 1)
         if len(content) > MOST:
-            raise UserError(f"{where}: it is larger than {sae_utils.in_bytes(MOST)}, which no such file is.")
+            raise UserError(f"{where}: it is larger than {showing.in_bytes(MOST)}, which no such file is.")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start + 1} is not UTF-8: save it as UTF-8.") from None

@@ -39,6 +39,7 @@ import features
 import fidelity
 import harvest
 import sae_utils
+import storing
 import training
 
 
@@ -670,7 +671,7 @@ def main() -> None:
     for part in options.parts or [name for name in PARTS if name != "peers"]:
         rows = special[part]() if part in special else PARTS[part](options.rounds, options.quick)
         known = [row for row in known if row["part"] != part or row["machine"] != rows[0]["machine"]] + rows
-        sae_utils.write_json(file, known)
+        storing.write_json(file, known)
 
 
 if __name__ == "__main__":

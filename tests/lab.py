@@ -102,7 +102,7 @@ def run_all(page: Page, name: str, seconds: float) -> dict:
     page.js(f"window.jupyterapp.commands.execute('docmanager:open', {{path: 'notebooks/{name}'}}).then(w => w.context.sessionContext.ready).then(() => true)")
     current = "window.jupyterapp.shell.currentWidget"
     begun = time.monotonic()
-    page.js(f"window.finished = null; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.finished = 'done', e => window.finished = String(e)); true")
+    page.js("window.finished = null; window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => window.finished = 'done', e => window.finished = String(e)); true")
     until(lambda: page.js("window.finished"), seconds, 2)
     until(lambda: page.js(f"{current}.context.sessionContext.session.kernel.status") == "idle", 60)
     page.js(f"{current}.context.save().then(() => true)")

@@ -30,6 +30,7 @@ import fidelity
 import harvest
 import known
 import sae_utils
+import storing
 import training
 
 
@@ -281,7 +282,7 @@ def main() -> None:
     what = Path(options.text if options.model in ("rows", "front") else options.model).name
     if options.model == "front":
         picture(ROOT / "runs" / f"quality-{what}-front.png", results)
-    sae_utils.write_json(ROOT / "runs" / f"quality-{what}{'-grid' * options.grid}{'-front' * (options.model == 'front')}.json", results)
+    storing.write_json(ROOT / "runs" / f"quality-{what}{'-grid' * options.grid}{'-front' * (options.model == 'front')}.json", results)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from conftest import HOOK, gemma, gpt2, word_tokenizer
 import choosing
 import editing
 import sae_utils as u
+import showing
 
 
 class Spaced:
@@ -137,7 +138,7 @@ def test_a_survey_of_what_the_model_says(place):
 
 def test_a_text_whose_tokens_are_parts_of_characters_has_no_words():
     tokens = torch.tensor([*range(6)] * 3)
-    as_text = lambda i: u.Bytes("他".encode()[i % 3 : i % 3 + 1])
+    as_text = lambda i: showing.Bytes("他".encode()[i % 3 : i % 3 + 1])
     words = choosing.frequent_words(tokens[:-1], tokens[1:], as_text)
     assert words == []
     with pytest.raises(u.UserError, match="no token of this model is a word by itself in this text"):

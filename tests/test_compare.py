@@ -26,6 +26,7 @@ import experiment
 import listing
 import report
 import sae_utils as u
+import storing
 
 DIGESTS = {"model_fingerprint": "m1", "tokenizer_fingerprint": "t1", "dataset_fingerprint": "d1", "dtype": "float32", "split": "s1"}
 
@@ -43,8 +44,8 @@ def make_run(root, name, seed=0, k=4, architecture="batchtopk", fvu=0.25, l0=4.0
     sae.save(folder / "sae.pth")
     three = lambda value: [value, value - 0.125, value + 0.125]
     arm = lambda fvu, rise, l0: {"fvu": three(fvu), "ce_increase": three(rise), "l0": three(l0)}
-    u.write_json(folder / "params.json", {"parameters": params, "versions": {}, "hook_name": sae.config["hook_name"]})
-    u.write_json(folder / "metrics.json", {
+    storing.write_json(folder / "params.json", {"parameters": params, "versions": {}, "hook_name": sae.config["hook_name"]})
+    storing.write_json(folder / "metrics.json", {
         "fvu": fvu, "l0": l0, "dead": n_dead / 48, "ce_clean": 2.0, "ce_spliced": 2.0 + rise, "ce_recovered": 0.875, "kl": 0.25, "rows": 1500, "d_in": 16, "d_sae": 48,
         "doctor": list(doctor), "fidelity": {"sae": arm(fvu, rise, l0), "pca": arm(0.75, 1.5, round(l0)), "kmeans": arm(0.5, 1.0, 1.0), "untrained": arm(0.875, 2.0, l0)},
     })  # fmt: skip

@@ -23,6 +23,8 @@ import harvest
 import patching
 import report
 import sae_utils as u
+import showing
+import storing
 
 
 @pytest.fixture
@@ -159,7 +161,7 @@ def byte_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
 @pytest.mark.parametrize("kind", ["bytes", "merged", "fallback"])
 def test_a_character_stands_whole_with_the_token_in_which_it_begins(kind):
     tokenizer = byte_tokenizer(kind)
-    as_text = u.TokenText(tokenizer)
+    as_text = showing.TokenText(tokenizer)
     for _ in range(20):
         text = "".join(MANY[i] for i in torch.randint(len(MANY), (12,)).tolist())
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
@@ -167,30 +169,30 @@ def test_a_character_stands_whole_with_the_token_in_which_it_begins(kind):
         owner = [next(k for k, (start, end) in enumerate(spans) if start <= i < end) for i in range(len(text))]
         expected = ["".join(c for c, k in zip(text, owner, strict=True) if k == token) for token in range(len(ids))]
         single = [as_text(i) for i in ids]
-        assert u.whole(single) == expected and "".join(expected) == text
+        assert showing.whole(single) == expected and "".join(expected) == text
         assert not any("\ufffd" in piece for piece in single)
         if kind == "bytes":  # cut anywhere, what is left is the bytes there
             first, last = sorted(torch.randint(len(ids) + 1, (2,)).tolist())
             left = text.encode()[first:last].decode("utf-8", "backslashreplace")
-            assert "".join(u.whole(single[first:last])) == left == as_text(ids[first:last])
-    assert repr(u.Bytes(" ½".encode()[:2])) == "' \\xc2'" and u.whole([" a", "b"]) == [" a", "b"]
+            assert "".join(showing.whole(single[first:last])) == left == as_text(ids[first:last])
+    assert repr(showing.Bytes(" ½".encode()[:2])) == "' \\xc2'" and showing.whole([" a", "b"]) == [" a", "b"]
 
 
 def test_a_text_that_only_looks_broken_is_left_alone():
     """A real U+FFFD is a character like any other, and a word-level token is not made of bytes."""
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "\ufffd": 2, "â": 3}, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    as_text = u.TokenText(transformers.PreTrainedTokenizerFast(tokenizer_object=made))
-    assert [as_text(2), as_text(3)] == [" \ufffd", " â"] and not isinstance(as_text(2), u.Bytes)
+    as_text = showing.TokenText(transformers.PreTrainedTokenizerFast(tokenizer_object=made))
+    assert [as_text(2), as_text(3)] == [" \ufffd", " â"] and not isinstance(as_text(2), showing.Bytes)
     merged = byte_tokenizer("bytes")
     ids = merged("\ufffd", add_special_tokens=False)["input_ids"]
-    assert len(ids) == 3 and u.whole([u.TokenText(merged)(i) for i in ids]) == ["\ufffd", "", ""]
+    assert len(ids) == 3 and showing.whole([showing.TokenText(merged)(i) for i in ids]) == ["\ufffd", "", ""]
 
 
 def test_what_a_reader_sees_of_a_token():
-    assert [u.visible(text) for text in (" a", "\n\n", "\x00\t", "\u202e", "", "猫")] == [" a", "↵↵", "··", "·", "‹", "猫"]
-    half, rest = u.Bytes("é".encode()[:1]), u.Bytes("é".encode()[1:])
-    page = u.shade([" a", half, rest, "<"], [0, 0.5, 1.0, 0.25], framed=2)
+    assert [showing.visible(text) for text in (" a", "\n\n", "\x00\t", "\u202e", "", "猫")] == [" a", "↵↵", "··", "·", "‹", "猫"]
+    half, rest = showing.Bytes("é".encode()[:1]), showing.Bytes("é".encode()[1:])
+    page = showing.shade([" a", half, rest, "<"], [0, 0.5, 1.0, 0.25], framed=2)
     boxes = re.findall(r'<span style="display:inline-block[^>]*outline:1px solid (\S+?);[^>]*title="([^"]*)">(.*?)</span>(?=<span style="display|</span>)', page)
     assert [(edge, value, re.sub(r"<.*?>", "", text)) for edge, value, text in boxes] == [
         ("#8884", "0", " a"), ("#8884", "0.5", "é"), ("currentColor", "1", "‹"), ("#8884", "0.25", "&lt;"),
@@ -199,20 +201,20 @@ def test_what_a_reader_sees_of_a_token():
 
 
 def test_a_patched_text_that_parts_within_a_character():
-    as_text, ids = u.TokenText(byte_tokenizer("bytes")), list(byte_tokenizer("bytes")("☃a", add_special_tokens=False)["input_ids"])
+    as_text, ids = showing.TokenText(byte_tokenizer("bytes")), list(byte_tokenizer("bytes")("☃a", add_special_tokens=False)["input_ids"])
     found = patching.pieces(as_text, ids, [*ids[:2], 0, ids[3]])
     assert [piece["text"] for piece in found] == ["☃", "", "‹", "a"] and [piece["differs"] for piece in found] == [False, False, True, False]
 
 
 def test_part_of_a_character_is_in_no_class():
-    assert not features.token_classes([u.Bytes(b"\xe2\x80"), u.Bytes(b" \xc2"), u.Bytes(b"A\xe2")]).any()
+    assert not features.token_classes([showing.Bytes(b"\xe2\x80"), showing.Bytes(b" \xc2"), showing.Bytes(b"A\xe2")]).any()
 
 
 def spread_page(tmp_path, kind):
     """A page of three latents on text of `byte_tokenizer`: (path, its contexts as [(latent, place, ids)], what features.npz
     would hold, TokenText). Latents 0 and 2 fire on the third token of the first text, all of them elsewhere too."""
     tokenizer, width = byte_tokenizer(kind), 2 * features.AROUND + 1
-    as_text = u.TokenText(tokenizer)
+    as_text = showing.TokenText(tokenizer)
     tokens = torch.full((3, features.TOP + 10, width), -1, dtype=torch.int32)
     acts, placed = torch.zeros(tokens.shape, dtype=torch.float16), []
     for latent, text in enumerate(["a typhoon “中文” 龘 🙂🫨 a ☃ the", "龘龘 ½ é’s 🫨 ☃ 龘龘龘龘 a the a", "a typhoon a ☃☃龘 a"]):
@@ -224,7 +226,7 @@ def spread_page(tmp_path, kind):
             acts[latent, place, features.AROUND] = 0.5 + 0.1 * latent
             placed.append((latent, place, ids[first:last]))
     found = {"tokens": tokens, "acts": acts}
-    part = next(i for i in range(len(tokenizer)) if isinstance(as_text(i), u.Bytes))
+    part = next(i for i in range(len(tokenizer)) if isinstance(as_text(i), showing.Bytes))
     for name, n in (("promoted", 10), ("suppressed", 10), ("fired_tokens", 5)):
         found[name] = torch.full((3, n), part, dtype=torch.int32)
     for name, n in (("fired_tokens_share", 5), ("fired_classes", 5), ("fired_positions", 8), ("histogram", 20)):
@@ -617,7 +619,7 @@ def test_what_a_runs_folder_says(tmp_path):
     assert features.about_run(tmp_path, as_text)["run"].endswith(tmp_path.name) and len(features.about_run(tmp_path, as_text)) == 1
     assert features.about_run(u.ROOT / "runs" / "demo one", as_text)["run"] == "demo one"
     effect = {"places": 16, "kl": 0.5, "falls": [[3, -0.25]], "rises": []}
-    u.write_json(tmp_path / "metrics.json", {"fvu": 0.01234, "l0": 7.0, "rows": 1234, "ce_recovered": None, "fidelity": {"sae": {"ce_increase": [0.1, -0.02, 0.3]}}, "effects": {"7": effect}})
+    storing.write_json(tmp_path / "metrics.json", {"fvu": 0.01234, "l0": 7.0, "rows": 1234, "ce_recovered": None, "fidelity": {"sae": {"ce_increase": [0.1, -0.02, 0.3]}}, "effects": {"7": effect}})
     lines = ["variable,value,hidden,latent,threshold,f1_trained,f1_pca", "colour,red,True,7,0.25,0.5,0.9", "colour,blue,False,7,0.5,0.75,0.9", "food,any,True,2,0.1,0.4,0.1"]
     (tmp_path / "known.csv").write_text("\n".join(lines) + "\n")
     about = features.about_run(tmp_path, as_text)

@@ -11,6 +11,7 @@ import fidelity
 import harvest
 import known
 import sae_utils as u
+import showing
 
 
 def plain_f1(claims, true):
@@ -95,7 +96,7 @@ def test_variables_are_read_for_each_rows_own_word(world, model, tokenizer):
     folder, words = world
     rows = harvest.get_rows(model, tokenizer, HOOK, loaded_params(folder, model, tokenizer), folder / "activations")
     assert (np.bincount(rows.window_document) > 1).any()  # documents of several windows are among them
-    index, as_text = torch.randperm(len(rows))[:700], u.TokenText(tokenizer)
+    index, as_text = torch.randperm(len(rows))[:700], showing.TokenText(tokenizer)
     facts, truth = known.read(folder, rows, index, as_text)
     place_of = {(f["variable"], f["value"]): i for i, f in enumerate(facts)}
     within = {}

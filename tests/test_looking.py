@@ -13,6 +13,7 @@ import editing
 import looking
 import patching
 import sae_utils as u
+import showing
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_a_sentence_is_that_of_the_model_and_the_sae(model, tokenizer, sae, kept
             assert latent["act"] == pytest.approx(row[latent["latent"]].item(), rel=1e-4, abs=1e-5)
         assert [latent["act"] for latent in line["latents"]] == sorted((latent["act"] for latent in line["latents"]), reverse=True)
     first = found[0]["latents"][0]["latent"]
-    assert found[0]["latents"][0]["about"] == looking.about(first, kept, {}, u.TokenText(tokenizer)) != "mine"
+    assert found[0]["latents"][0]["about"] == looking.about(first, kept, {}, showing.TokenText(tokenizer)) != "mine"
     assert looking.look(model, tokenizer, HOOK, sae, text, kept, {first: "mine"})[0]["latents"][0]["about"] == "mine"
 
 
@@ -65,7 +66,7 @@ def test_the_table_links_into_the_page_and_hides_nothing_in_names(tmp_path):
 
 
 def test_latents_are_found_by_number_name_and_token(tokenizer, kept):
-    as_text = u.TokenText(tokenizer)
+    as_text = showing.TokenText(tokenizer)
     find = lambda words, names=None: looking.find(words, 48, kept, names or {}, as_text)
     cats = [i for i in range(48) if as_text(int(kept["fired_tokens"][i, 0])).strip() == "cat"]
     before = [i for i in range(48) if as_text(int(kept["promoted"][i, 1])).strip() == "cat"]
@@ -84,14 +85,14 @@ def test_an_edit_is_the_same_in_the_panel_in_python_and_in_a_file(tmp_path, mode
     found = looking.tried(model, tokenizer, HOOK, sae, prompt, edit, 8)
     (tmp_path / "edit.yaml").write_text(looking.as_yaml(edit))
     assert patching.read_edits(tmp_path / "edit.yaml") == [edit]
-    said, names = io.StringIO(), {"patching": patching, "editing": editing, "tokenizer": tokenizer, "model": model, "sae": sae, "hook_name": HOOK, "as_text": u.TokenText(tokenizer)}
+    said, names = io.StringIO(), {"patching": patching, "editing": editing, "tokenizer": tokenizer, "model": model, "sae": sae, "hook_name": HOOK, "as_text": showing.TokenText(tokenizer)}
     with contextlib.redirect_stdout(said):
         exec(looking.as_python(edit, prompt, 8), names)
     ids = [u.with_bos(tokenizer, tokenizer(prompt)["input_ids"])]
     with editing.intervene(model, HOOK, sae, tokenizer, patching.patches([edit], sae, tokenizer)):
         expected = editing.generate(model, tokenizer, ids, 8)
-    assert said.getvalue().rstrip("\n") == u.TokenText(tokenizer)(expected[0])
-    assert [piece["text"] for piece in found["patched"]] == [u.TokenText(tokenizer)(t) for t in expected[0]]
+    assert said.getvalue().rstrip("\n") == showing.TokenText(tokenizer)(expected[0])
+    assert [piece["text"] for piece in found["patched"]] == [showing.TokenText(tokenizer)(t) for t in expected[0]]
     original = editing.generate(model, tokenizer, ids, 8)
     assert found["same"] == (original == expected) and found["surprise"][0] == (pytest.approx(editing.surprise(model, ids, original)) if original[0] else None)
 

@@ -24,6 +24,8 @@ import experiment
 import harvest
 import patching
 import sae_utils as u
+import showing
+import storing
 import typed
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -358,7 +360,7 @@ def test_files_appear_only_when_whole(tmp_path):
         temporary.write_text("half")
         raise KeyError
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-    u.write_json(tmp_path / "a.json", {"nan": float("nan"), 1: [float("inf"), "é"]})
+    storing.write_json(tmp_path / "a.json", {"nan": float("nan"), 1: [float("inf"), "é"]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"nan": None, "1": [None, "é"]}
 
 
@@ -370,14 +372,14 @@ def test_characters_spread_over_tokens_are_put_together():
     byte_level.train_from_iterator(["a"], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, vocab_size=300))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level)
     ids = u.encode_text(tokenizer, ["é 猫"])[0]
-    assert len(ids) == 6 and u.TokenText(tokenizer)(ids) == "é 猫"
+    assert len(ids) == 6 and showing.TokenText(tokenizer)(ids) == "é 猫"
 
 
 def test_token_text_and_escapes(tokenizer):
-    as_text = u.TokenText(tokenizer)
+    as_text = showing.TokenText(tokenizer)
     assert as_text(tokenizer("the red cat")["input_ids"]) == " the red cat" == "".join(map(as_text, tokenizer("the red cat")["input_ids"]))
-    assert u.plot_text("a$b$\n\t") == r"a\$b\$··"
-    page = u.shade(["<script>", '"&', "猫"], [0.0, 4.0, 1.0])
+    assert showing.plot_text("a$b$\n\t") == r"a\$b\$··"
+    page = showing.shade(["<script>", '"&', "猫"], [0.0, 4.0, 1.0])
     assert "<script>" not in page and "&lt;script&gt;" in page and "&quot;&amp;" in page
     assert [float(alpha) for alpha in re.findall(r"255,140,0,([0-9.]+)\)", page)] == [0, 1, 0.25]
 

@@ -13,6 +13,7 @@ from conftest import HOOK, gemma, gpt2
 import editing
 import patching
 import sae_utils as u
+import storing
 
 
 # A tiny model of each family with random weights, and where its MLP's output is.
@@ -505,10 +506,10 @@ def test_what_a_run_has_to_say(tmp_path, sae):
     with pytest.raises(u.UserError, match="sae.pth does not say its hook_name, .*: it is no SAE of a run"):
         patching.check_run(sae, tmp_path)
     for metrics in ({}, {"ce_clean": 2.0, "ce_spliced": None}, {"ce_clean": 2.0, "ce_spliced": math.nan}):
-        u.write_json(tmp_path / "metrics.json", metrics, sealed=True)
+        storing.write_json(tmp_path / "metrics.json", metrics, sealed=True)
         with pytest.raises(u.UserError, match="metrics.json has no numbers for ce_clean and ce_spliced"):
             patching.cross_entropies(tmp_path)
-    u.write_json(tmp_path / "metrics.json", {"ce_clean": 2.0, "ce_spliced": 2.5}, sealed=True)
+    storing.write_json(tmp_path / "metrics.json", {"ce_clean": 2.0, "ce_spliced": 2.5}, sealed=True)
     assert patching.cross_entropies(tmp_path) == (2.0, 2.5)
     (tmp_path / "metrics.json").write_text((tmp_path / "metrics.json").read_text().replace("2.5", "2.4"))
     with pytest.raises(u.UserError, match="metrics.json is not as it was written"):

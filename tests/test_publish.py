@@ -14,6 +14,7 @@ import experiment
 import formats
 import publishing
 import sae_utils as u
+import storing
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def hub(monkeypatch):
 
 def changed(run, tmp_path, metrics=None, **params):
     """A copy of what the card is made of, with other parameters and figures."""
-    record, figures = (u.read_json(run / name) for name in ("params.json", "metrics.json"))
+    record, figures = (storing.read_json(run / name) for name in ("params.json", "metrics.json"))
     record["parameters"] |= params
     (tmp_path / "params.json").write_text(json.dumps(record))
     (tmp_path / "metrics.json").write_text(json.dumps(figures | (metrics or {})))

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import experiment
 import sae_utils as u
+import storing
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -100,7 +101,7 @@ def test_an_sae_that_is_trained_already_is_looked_at_and_left_as_it_is(folder, c
         assert experiment.main(["publish", str(judged), "user/name", "saelens", "dry"]) == 2 and "was not trained in this run" in capfd.readouterr().err
         assert torch.allclose(u.SAE.load(judged / "sae.pth").density, u.SAE.load(own / "sae.pth").density)
         assert (judged / "features.html").exists() and "lr:" not in (judged / "sae_training.ipynb").read_text().partition("report.pdf")[2]
-    before = u.read_json(own / "params.json")
+    before = storing.read_json(own / "params.json")
     (own / "params.json").write_text(json.dumps(before | {"parameters": {name: value for name, value in before["parameters"].items() if name != "trained_sae"}}))
     assert experiment.run_folder(before["parameters"]) == (own, True)  # a run from before there was such a parameter is still that run
     assert experiment.main(["export", str(own), "safetensors"]) == 0

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import sae_utils as u
+import showing
+import storing
 
 
 def test_encode_and_decode_are_the_equations(sae):
@@ -167,9 +169,9 @@ def test_no_flipped_bit_goes_unseen(with_digest, tmp_path, fresh_seed):
 @pytest.mark.parametrize("kind", ["arrays", "json"])
 def test_no_flipped_bit_of_arrays_and_parameters_goes_unseen(kind, tmp_path):
     value = {"a": torch.randn(5, 4).numpy(), "b": torch.arange(30).numpy()} if kind == "arrays" else {"parameters": {"lr": 3e-3, "name": "a\u4e2d", "list": [1, True, None, -0.5]}, "hook": "x"}
-    path, read = tmp_path / "file", u.load_arrays if kind == "arrays" else u.read_json
+    path, read = tmp_path / "file", storing.load_arrays if kind == "arrays" else storing.read_json
     same = lambda found: all(name in found and (found[name].tobytes() == v.tobytes() if kind == "arrays" else found[name] == v) for name, v in value.items())
-    u.save_arrays(path, value, compressed=True) if kind == "arrays" else u.write_json(path, value, sealed=True)
+    storing.save_arrays(path, value, compressed=True) if kind == "arrays" else storing.write_json(path, value, sealed=True)
     whole, refused = path.read_bytes(), 0
     assert same(read(path)) and len(read(path)) == len(value)
     for bit in range(8 * len(whole)):
@@ -199,9 +201,9 @@ def test_files_from_before_digests_open_and_that_is_told_once(sae, tmp_path, mon
 
 
 def test_what_json_makes_of_a_value_is_what_its_digest_is_of(tmp_path):
-    value = {"token": u.Bytes("他".encode()[:2]), "n": np.float64(0.1), 3: (1, 2.0), "nan": float("nan"), "text": "\u4e2d\u2028", "large": 10**30, "small": 5e-324, "minus": -0.0}
-    u.write_json(tmp_path / "a.json", value, sealed=True)
-    found = u.read_json(tmp_path / "a.json")
+    value = {"token": showing.Bytes("他".encode()[:2]), "n": np.float64(0.1), 3: (1, 2.0), "nan": float("nan"), "text": "\u4e2d\u2028", "large": 10**30, "small": 5e-324, "minus": -0.0}
+    storing.write_json(tmp_path / "a.json", value, sealed=True)
+    found = storing.read_json(tmp_path / "a.json")
     assert found == {"token": "\\xe4\\xbb", "n": 0.1, "3": [1, 2.0], "nan": None, "text": "\u4e2d\u2028", "large": 10**30, "small": 5e-324, "minus": 0.0} and "digest" in (tmp_path / "a.json").read_text()
 
 
@@ -222,7 +224,7 @@ def test_a_disk_that_will_not_have_it_is_one_sentence(sae, tmp_path, monkeypatch
         sae.save(tmp_path / "sae.pth")
     monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
     with pytest.raises(u.UserError, match="metrics.json could not be written .*see who may write there"):
-        u.write_json(tmp_path / "metrics.json", {})
+        storing.write_json(tmp_path / "metrics.json", {})
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError), u.atomic(tmp_path / "other"):
         (tmp_path / "none").read_text()  # what is not of writing is left as it is

@@ -19,6 +19,7 @@ from conftest import ROOT, training_params
 
 import experiment
 import sae_utils as u
+import showing
 import sweep
 import training
 
@@ -192,7 +193,7 @@ def test_a_long_epoch_is_not_silent(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     found = trainer.means()
     assert len(lines) == 30 and found["l0"] == pytest.approx(4)
-    assert lines[-1] == f"step 30 of 60 (50%), 100% of the epoch: fvu {found['mse'] / 0.2:.4f}, l0 {found['l0']:.1f}; 50 rows/s, {u.duration(60)} left"
+    assert lines[-1] == f"step 30 of 60 (50%), 100% of the epoch: fvu {found['mse'] / 0.2:.4f}, l0 {found['l0']:.1f}; 50 rows/s, {showing.duration(60)} left"
     training.Progress(trainer, 60, 0.2, 10.0)(100, 3000)
     assert capsys.readouterr().out == ""  # an epoch that is younger than that says nothing
 

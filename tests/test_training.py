@@ -13,6 +13,7 @@ from quality import ON_ROWS, known_directions, recovery, train
 from torch import Tensor
 
 import sae_utils as u
+import showing
 import training
 
 ARCHITECTURES = ["relu", "topk", "batchtopk", "matryoshka"]
@@ -525,7 +526,7 @@ def test_the_probe_leaves_the_sae_alone():
 
 
 def test_durations_in_the_unit_that_suits():
-    assert [u.duration(s) for s in (3, 119, 600, 7000, 90_000, 864_000)] == ["3 seconds", "119 seconds", "10 minutes", "117 minutes", "25 hours", "10.0 days"]
+    assert [showing.duration(s) for s in (3, 119, 600, 7000, 90_000, 864_000)] == ["3 seconds", "119 seconds", "10 minutes", "117 minutes", "25 hours", "10.0 days"]
 
 
 HEALTHY = {"fvu": 0.2, "train_fvu": 0.19, "dead": 0.01, "l0": 40.0}

@@ -189,6 +189,6 @@ def test_what_can_be_no_path(path):
 
 
 def test_bytes_that_are_no_utf8_on_the_command_line(tmp_path):
-    command = [sys.executable, str(ROOT / "notebooks" / "experiment.py"), "params", "patch_neurons", "-p", "target_word", b"caf\xe9"]
+    command = [sys.executable, str(ROOT / "notebooks" / "experiment.py"), "patch_neurons", "-p", "target_word", b"caf\xe9"]
     said = subprocess.run(command, capture_output=True, check=False)
     assert said.returncode == 2 and said.stderr == b"Error: parameter target_word, 'caf\\udce9', holds what no text in UTF-8 does.\n"
