@@ -27,6 +27,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
+import features
 import fidelity
 import sae_utils
 import showing
@@ -542,21 +543,21 @@ def latents(pages: Report, kept: dict, effects: dict[int, dict], as_text, labels
     pages.page()
     pages.heading(f"The {len(picked)} most selective of the others")
     pages.paragraph(
-        "Picked, not drawn: of each latent's sampled places the share that its five most frequent tokens make is highest for these. No two of them have "
-        "the same most frequent token. They read more easily than latents do on the whole; what their ablation does was not measured here."
+        "Picked, not drawn: two places of one of these latents most often have the same token, there or next to it, rare tokens counting more. No two of "
+        "them have the same most frequent token. They read more easily than latents do on the whole; what their ablation does was not measured here."
     )
     for latent in picked:
         latent_entry(pages, latent, kept, None, as_text, labels.get(latent, ""))
 
 
 def most_selective(kept: dict, n: int = 12, without: list[int] = ()) -> list[int]:
-    """The live latents on whose sampled places the five most frequent tokens have the largest share, the more frequent latent first
-    where that is equal; one for each most frequent token, and none of `without`. Of few places five tokens make a large share by
-    themselves, so only latents count that have fifty (five of each tenth)."""
-    share, first, enough = kept["fired_tokens_share"].sum(1), kept["fired_tokens"][:, 0], (kept["decile_rows"] >= 0).all((1, 2))
+    """The live latents of highest selectivity (`features.selectivity`), the more frequent first where that is equal; one for each most
+    frequent token, and none of `without`."""
+    text = kept["text"] if "text" in kept else kept["tokens"][kept["tokens"] >= 0]
+    score, first = features.selectivity(kept["tokens"], text)[0], kept["fired_tokens"][:, 0]
     picked = {}
-    for latent in np.lexsort((-kept["density"], -share)).tolist():
-        if kept["density"][latent] > 0 and enough[latent] and latent not in without:
+    for latent in np.lexsort((-kept["density"], -score)).tolist():
+        if kept["density"][latent] > 0 and score[latent] > 0 and latent not in without:
             picked.setdefault(int(first[latent]), latent)
     return list(picked.values())[:n]
 

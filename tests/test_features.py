@@ -252,7 +252,7 @@ def test_characters_spread_over_tokens_are_whole_wherever_contexts_are_shown(tmp
     if kind == "fallback":  # cut at the edge, and not
         assert ["".join(shown_text(data, arrays, 2, place)) for place in (0, 1)] == ["a typhoon a ☃\\xe2\\x98", "a typhoon a ☃☃龘 a"]
     lines = []
-    monkeypatch.setattr(report.Report, "tokens", lambda self, value, texts, *rest: lines.append("".join(texts)))
+    monkeypatch.setattr(report.Report, "tokens", lambda self, texts, *rest: lines.append("".join(texts)))
     with report.open_report(tmp_path / "a.pdf", "x") as pages:
         report.latents(pages, saved, dict.fromkeys(range(3), {"kl": 0.0, "falls": [], "rises": []}), as_text, {})
     cards = [features.card(saved, latent, as_text) for latent in range(3)]

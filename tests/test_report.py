@@ -55,7 +55,7 @@ def kept():
     share = generator.dirichlet(np.ones(6), 16).astype(np.float32)[:, :5]
     return {
         "tokens": tokens, "acts": acts, "promoted": ids, "suppressed": ids[:, ::-1], "density": np.full(16, 0.125, np.float32), "max_act": np.linspace(0, 2, 16, dtype=np.float32),
-        "fired_tokens": ids[:, :5], "fired_tokens_share": share, "decile_rows": np.zeros((16, 10, 5), np.int32),
+        "fired_tokens": ids[:, :5], "fired_tokens_share": share, "text": np.arange(len(HOSTILE)).repeat(10),
     }  # fmt: skip
 
 
@@ -240,13 +240,17 @@ def test_settings_and_notes_when_there_are_few_or_none(tmp_path, metrics, writte
     assert "Neither the doctor nor a notice." in texts and [t for t in texts if t.startswith(("model_name:", "layer:", "dataset_name:"))] == ["model_name: m", "dataset_name: d", "layer: 0"]
 
 
-def test_the_most_selective_latents_by_hand(kept):
-    share, first = np.zeros((16, 5), np.float32), np.zeros((16, 5), np.int32)
-    share[:6], first[:6, 0] = [[0.5, 0.4, 0, 0, 0], [0.9, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]], [1, 2, 3, 1, 4, 5]
-    density, tenths = np.full(16, 0.1, np.float32), np.zeros((16, 10, 5), np.int32)
-    density[1], density[4], tenths[5, 9, 4] = 0.2, 0.0, -1  # 4 is dead, 5 has 49 places
-    few = kept | {"fired_tokens_share": share, "fired_tokens": first, "density": density, "decile_rows": tenths}
-    assert report.most_selective(few, n=3) == [2, 3, 1] and report.most_selective(few, n=9, without=[3]) == [2, 1, 0, 6]
+def test_the_most_selective_latents_are_those_of_the_page(kept):
+    text = np.arange(len(HOSTILE)).repeat(100)
+    tokens = kept["tokens"].copy()
+    tokens[[3, 5, 7, 8], :, 8] = np.array([1, 2, 2, 3])[:, None]  # always the same token
+    first = kept["fired_tokens"].copy()
+    first[[3, 5, 7, 8], 0] = [1, 2, 2, 3]
+    density = kept["density"].copy()
+    density[7], density[8] = 0.5, 0.0  # 7 is more frequent than 5 and stands for it; 8 is dead
+    picked = report.most_selective(kept | {"tokens": tokens, "fired_tokens": first, "density": density, "text": text}, n=2)
+    assert picked == [7, 3] and features.selectivity(tokens, text)[0][[3, 5, 7]] == pytest.approx(np.log(1 / 12) / np.log(0.001), abs=0.02)
+    assert report.most_selective(kept | {"tokens": tokens, "fired_tokens": first, "density": density, "text": text}, n=2, without=[7]) == [3, 5]
 
 
 def test_what_our_font_lacks_is_drawn_in_an_installed_one_or_named(tmp_path, monkeypatch):
