@@ -95,13 +95,13 @@ def world(folder):
 def test_variables_are_read_for_each_rows_own_word(world, model, tokenizer):
     folder, words = world
     rows = harvest.get_rows(model, tokenizer, HOOK, loaded_params(folder, model, tokenizer), folder / "activations")
-    assert (np.bincount(rows.window_document) > 1).any()  # documents of several windows are among them
+    assert (np.bincount(rows.window_place) > 1).any()  # documents of several windows are among them
     index, as_text = torch.randperm(len(rows))[:700], showing.TokenText(tokenizer)
     facts, truth = known.read(folder, rows, index, as_text)
     place_of = {(f["variable"], f["value"]): i for i, f in enumerate(facts)}
     within = {}
     for window in range(len(rows.windows)):
-        document = int(rows.window_document[window])
+        document = int(rows.window_place[window])
         before = within.get(document, 0)
         within[document] = before + len(rows.windows[window]) - 1
         for at in (rows.window[index] == window).nonzero().flatten().tolist():
