@@ -201,11 +201,8 @@ test-oldest: ## the tests with the oldest packages that requirements.txt allows
 	$(call tests,.venv-oldest,-m "not repeats" $(TESTS))
 
 .PHONY: test-browser
-test-browser: $(READY) ## search and click through a run's features.html in headless chromium: [RUN=demo]
+test-browser: tiny-model ## in headless chromium: all that a run's features.html does [RUN=demo], and Run All of both notebooks in JupyterLab [SHOTS=folder, for pictures]
 	$(PY) tests/browser.py $(if $(RUN),"runs/$$RUN/features.html",runs/demo/features.html)
-
-.PHONY: test-lab
-test-lab: tiny-model ## Run All of both notebooks in JupyterLab, in headless chromium: [SHOTS=folder, for pictures of it]
 	SHOTS=$(if $(SHOTS),"$$SHOTS") $(PY) tests/lab.py
 
 .PHONY: smoke

@@ -512,6 +512,15 @@ def read_labels(path: Path) -> dict[int, str]:
     return labels
 
 
+def name_latent(path: Path, latent: int, name: str) -> dict[int, str]:
+    """Gives a latent a name in labels.csv, or takes it away where that is empty; the names there are then. Lines of others stay."""
+    labels = read_labels(path)
+    labels = {key: value for key, value in labels.items() if key != latent} | ({latent: " ".join(name.split())} if name.strip() else {})
+    with sae_utils.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(sorted(labels.items()))
+    return labels
+
+
 def save(path: Path, found: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """features.npz: all of `found` but the places drawn, of which the figures are there already. Returns what it holds."""
     kept = {name: value.numpy() for name, value in found.items() if not name.startswith("drawn")}

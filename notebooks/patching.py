@@ -9,13 +9,13 @@ from pathlib import Path
 
 import jinja2
 import torch
-import yaml  # papermill's own
 from torch import Tensor
 
 import editing
 import sae_utils
 import showing
 import storing
+import typed
 from sae_utils import UserError
 
 OPERATIONS = ("ablate", "amplify", "set_value", "add", "clamp")
@@ -162,17 +162,24 @@ def check_latents(latents: list, where: str) -> None:
         raise UserError(f"{where}: latent {twice[0]} is named twice; name each once.")
 
 
+def as_number(text):
+    """The number that a text is, whole or not; anything else as it is."""
+    for kind in (int, float):
+        try:
+            return kind(text) if isinstance(text, str) and "_" not in text else text
+        except ValueError:
+            pass
+    return text
+
+
 def read_edits(path: Path) -> list[dict]:
     """The edits that a YAML file names, checked as far as that goes without the model.
 
     edits: a list of {latents, operation, strength, unit, low, high, scope}; scope is all, prompt,
     generated, last, a list of positions, or {tokens: [words]}. Raises UserError for whatever is not that.
     """
-    show, number_of = reprlib.repr, lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
-    try:
-        given = yaml.safe_load(read_text(path, f"edits {sae_utils.show_path(path)}"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"edits {sae_utils.show_path(path)} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    show, number_of = reprlib.repr, lambda value: isinstance(value, (int, float))
+    given = typed.read_yaml(typed.read_file(path, "edits"), f"edits {sae_utils.show_path(path)}")  # scalars as text: a word may be no, or 007
     if not isinstance(given, dict) or list(given) != ["edits"] or not isinstance(given["edits"], list) or not given["edits"]:
         raise UserError(f"edits {sae_utils.show_path(path)}: it should hold one list, `edits:`.")
     known = {"latents", "operation", "strength", "unit", "low", "high", "scope"}
@@ -180,6 +187,9 @@ def read_edits(path: Path) -> list[dict]:
         where = f"edits {sae_utils.show_path(path)}, number {number}"
         if not isinstance(edit, dict) or set(edit) - known or not {"latents", "operation"} <= set(edit):
             raise UserError(f"{where}: an edit has latents, operation and, where needed, {', '.join(sorted(known - {'latents', 'operation'}))}, not {show(edit)}.")
+        as_numbers = lambda value: [as_number(part) for part in value] if isinstance(value, list) else as_number(value)
+        edit.update({name: as_numbers(edit[name]) for name in ("latents", "strength", "low", "high") if name in edit})
+        edit.update({"scope": as_numbers(edit["scope"])} if isinstance(edit.get("scope"), list) else {})
         latents, scope = edit["latents"], edit.get("scope", "all")
         if not isinstance(latents, list) or not latents or not all(type(latent) is int for latent in latents):
             raise UserError(f"{where}: latents is a list of numbers, not {show(latents)}.")
@@ -189,7 +199,7 @@ def read_edits(path: Path) -> list[dict]:
         for name in ("strength", "low", "high"):
             value = edit.get(name, 0)
             if not number_of(value) or not abs(value) < 3e38:
-                raise UserError(f"{where}: {name} is a finite number of float32, not {show(value)} (write 1.0e-4 for 1e-4).")
+                raise UserError(f"{where}: {name} is a finite number of float32, not {show(value)}.")
         words = isinstance(scope, dict) and list(scope) == ["tokens"] and isinstance(scope["tokens"], list)
         places = isinstance(scope, list) and all(type(place) is int and abs(place) < 2**31 for place in scope)
         if not (words or places or isinstance(scope, str) and scope in SCOPES):

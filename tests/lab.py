@@ -1,4 +1,4 @@
-"""`make test-lab`: Run All of both notebooks in JupyterLab, in a real browser without a window.
+"""A part of `make test-browser`: Run All of both notebooks in JupyterLab, in a real browser without a window.
 
 A copy of the project in a scratch folder gets parameters for a small run of the tiny model, as somebody would type them
 into the parameters cell; then each notebook is opened, run and saved there. What must be right: no cell fails, the run's
@@ -116,6 +116,27 @@ def errors(notebook: dict) -> list[str]:
     return wrong + [f"a cell did not run: {''.join(cell['source'])[:60]}" for cell in code if not cell["execution_count"] and "".join(cell["source"]).strip()]
 
 
+def play(page: Page, name: str) -> list[str]:
+    """Types into the widgets that a notebook shows, as somebody at it does; what they did not do."""
+    marked, field, value, told = {
+        "sae_training.ipynb": ("import ipywidgets", ".widget-text input:not([placeholder]):not([type=number])", "my own name", "my own name"),
+        "patch_neurons.ipynb": ("looking.panel(", "input[placeholder^=numbers]", "5", "latents: [5]"),
+    }[name]
+    current = "window.jupyterapp.shell.currentWidget"
+    index = page.js(f"{current}.content.widgets.findIndex(cell => cell.model.sharedModel.getSource().startsWith({json.dumps(marked)}))")
+    page.js(f"{current}.content.activeCellIndex = {index}; {current}.content.scrollToItem({index}, 'center').then(() => true)")
+    cell = f"{current}.content.widgets[{index}].node"
+    until(lambda: page.js(f"Boolean({cell}.querySelector({json.dumps(field)}))"), 30)
+    page.js(f"""(() => {{ const field = {cell}.querySelector({json.dumps(field)}); field.value = {json.dumps(value)};
+        for (const event of ["input", "change"]) field.dispatchEvent(new Event(event, {{ bubbles: true }})); field.blur(); return true; }})()""")
+    texts = f"[{cell}.textContent, ...[...{cell}.querySelectorAll('textarea')].map(area => area.value)].join(' ')"
+    try:
+        until(lambda: told in page.js(texts), 60)
+    except SystemExit:
+        return [f"{told!r} does not come after {value!r} was typed: {page.js(texts)[:300]}"]
+    return []
+
+
 def in_lab(folder: Path) -> list[str]:
     """What was wrong in a copy of the project in `folder`."""
     for name in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]:
@@ -140,8 +161,9 @@ def in_lab(folder: Path) -> list[str]:
             wrong += errors(run_all(page, name, 900))
             page.picture(name.replace(".ipynb", ".png"))
             wrong += [] if (folder / done).exists() else [f"{done} is not there"]
-            widgets = page.js("document.querySelectorAll('.jp-Notebook .widget-slider, .jp-Notebook .widget-text').length")
-            wrong += [] if widgets else [f"{name}: no widget is shown"]
+            wrong += [f"{name}: {what}" for what in play(page, name)]
+            page.picture(name.replace(".ipynb", "-played.png"))
+        wrong += [] if "my own name" in (folder / "runs/lab/labels.csv").read_text() else ["a name given in the notebook is not in labels.csv"]
     finally:
         if page:
             page.close()
@@ -152,7 +174,7 @@ def in_lab(folder: Path) -> list[str]:
 
 def main() -> None:
     if not browser():
-        raise SystemExit("Error: no chromium is installed here: `make test-lab` needs one.")
+        raise SystemExit("Error: no chromium is installed here: this needs one.")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if wrong := in_lab(Path(folder)):
             raise SystemExit("Error: " + "; ".join(wrong))

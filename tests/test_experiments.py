@@ -125,6 +125,13 @@ def test_edits_are_read_in_order(tmp_path, sae, tokenizer):
     assert control[0][0].ids == [3, 40] and control[2][0].ids == [2] and control[1][0].ids == [7]
 
 
+def test_words_of_a_scope_are_as_they_were_typed_and_numbers_are_numbers(tmp_path):
+    file = tmp_path / "edits.yaml"
+    file.write_text("edits:\n  - {latents: [3], operation: add, strength: 1e-4, scope: {tokens: [no, 007, 12:30, 1e3, ' on', null]}}\n  - {latents: [4], operation: ablate, scope: [-1, 3]}\n")
+    first, second = patching.read_edits(file)
+    assert first == {"latents": [3], "operation": "add", "strength": 1e-4, "scope": {"tokens": ["no", "007", "12:30", "1e3", " on", "null"]}} and second["scope"] == [-1, 3]
+
+
 def test_controls_are_live_alike_and_none_twice(sae, fresh_seed):
     sae.density = torch.rand(48)
     sae.density[:10], sae.density[[20, 30]] = 0, torch.tensor([0.3, 0.5])  # of which there are others alike, whatever is drawn
@@ -141,10 +148,10 @@ def test_controls_are_live_alike_and_none_twice(sae, fresh_seed):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("edits: []", "one list"), ("- 1", "one list"), ("edits: {", "cannot be read"), ("edits: [{operation: ablate}]", "an edit has latents"),
+    ("edits: []", "one list"), ("- 1", "one list"), ("edits: {", "edits.yaml, line 1"), ("edits: []\nedits: []", "twice"), ("edits: [{operation: ablate}]", "an edit has latents"),
     ("edits: [{latents: [1], operation: ablate, streng: 2}]", "an edit has latents"), ("edits: [{latents: [99], operation: ablate}]", "valid latents are 0 to 47"),
     ("edits: [{latents: [1], operation: boost}]", "operation is one of"), ("edits: [{latents: [1], operation: amplify, strength: .nan}]", "a finite number"),
-    ("edits: [{latents: [1], operation: amplify, strength: 1e1}]", "1.0e-4"), ("edits: [{latents: [1], operation: ablate, scope: nowhere}]", "scope is all"),
+    ("edits: [{latents: [1], operation: amplify, strength: 1_0}]", "a finite number"), ("edits: [{latents: [1], operation: ablate, scope: nowhere}]", "scope is all"),
     ("edits: [{latents: [1], operation: ablate, scope: {tokens: [a cat]}}]", "is 2 tokens"), ("edits: [{latents: 1, operation: ablate}]", "a list of numbers"),
 ])  # fmt: skip
 def test_wrong_edits_are_told(tmp_path, sae, tokenizer, text, message):

@@ -315,6 +315,18 @@ def how_by_hand(data: dict, arrays: dict[str, np.ndarray], latent: int, wanted: 
     return min(ways, default=None)
 
 
+def test_a_name_goes_into_the_labels_and_out_again(tmp_path):
+    path = tmp_path / "labels.csv"
+    assert features.name_latent(path, 3, " a, \"b\"\nc ") == {3: 'a, "b" c'} == features.read_labels(path)
+    path.write_text("latent,name\n7,seven\n3,three\n")
+    assert features.name_latent(path, 12, "ünï 猫") == {7: "seven", 3: "three", 12: "ünï 猫"} == features.read_labels(path)
+    assert features.name_latent(path, 7, "  ") == {3: "three", 12: "ünï 猫"} == features.read_labels(path)
+    path.write_text("7;seven\n")
+    with pytest.raises(u.UserError, match="line 1"):
+        features.name_latent(path, 3, "x")
+    assert path.read_text() == "7;seven\n"
+
+
 @pytest.mark.skipif(not browser.browser(), reason="no chromium is installed here")
 def test_a_search_finds_what_a_look_through_every_letter_finds(tmp_path, fresh_seed):
     rng = np.random.default_rng(fresh_seed)
