@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 import editing
+import features
 import patching
 import sae_utils
 import showing
@@ -29,6 +30,8 @@ def about(latent: int, kept: dict, names: dict[int, str], as_text) -> str:
     """A latent in a few words: the name that a person gave it, or the tokens it fires on most and those it promotes."""
     if latent in names:
         return names[latent]
+    if not kept["density"][latent] > 0:
+        return "never fired on held-out text, so that multiples of its maximum are nothing"
     words = lambda ids, n: ", ".join(repr(as_text(int(token))) for token in ids[:n] if token >= 0)
     return f"on {words(kept['fired_tokens'][latent], 3) or 'nothing'}; promotes {words(kept['promoted'][latent], 2)}"
 
@@ -100,6 +103,33 @@ def write_page(path: Path, title: str, text: str, found: list[dict], page: str) 
 # ---------------------------------------------------------------------------------------------
 
 
+def stepper(card, labels: dict[int, str], path: Path, latent: int, d_sae: int):
+    """An ipywidgets box to step through latents, `card(latent)` being the HTML of one; a name that is typed goes into labels.csv at
+    `path`, and into `labels`, when its field is left."""
+    import ipywidgets as w
+
+    number = w.BoundedIntText(value=latent, min=0, max=d_sae - 1, description="latent")
+    name, view = w.Text(value=labels.get(latent, ""), description="name", continuous_update=False), w.HTML(card(latent))
+
+    def step(_):
+        name.value, view.value = labels.get(number.value, ""), card(number.value)
+
+    def call(_):
+        if name.value.strip() != labels.get(number.value, ""):
+            try:
+                named = features.name_latent(path, number.value, name.value)
+            except UserError as error:
+                view.value = f"<b>{html.escape(str(error))}</b>"
+                return
+            labels.clear()
+            labels.update(named)
+            view.value = card(number.value)
+
+    number.observe(step, "value")
+    name.observe(call, "value")
+    return w.VBox([w.HBox([number, name]), view])  # no Output widget: headless, those can hang for ever (nbclient issue 312)
+
+
 def find(words: str, d_sae: int, kept: dict, names: dict[int, str], as_text, most: int = 12) -> list[int]:
     """Latents by their numbers ("17 23"), or by a word: those whose name holds it, then those that fire on a token that does, most
     often first, then those that promote one. UserError for a number there is not, or a word that finds none."""
@@ -151,7 +181,7 @@ def tried(model, tokenizer, hook_name: str, sae: sae_utils.SAE, prompt: str, edi
     with editing.intervene(model, hook_name, sae, tokenizer, pairs) as wrapper:
         after, patched = run()
     return {
-        "prompt": as_text(ids), "original": patching.pieces(as_text, original[0], original[0]), "patched": patching.pieces(as_text, patched[0], original[0]),
+        "prompt": as_text([token for token in ids if token != tokenizer.bos_token_id]), "original": patching.pieces(as_text, original[0], original[0]), "patched": patching.pieces(as_text, patched[0], original[0]),
         "same": original == patched, "moves": patching.biggest_moves(as_text, before, after), "positions": wrapper.tracker.reached()[0],
         "surprise": [editing.surprise(model, prompts, texts) if texts[0] else None for texts in (original, patched)],
     }  # fmt: skip
@@ -204,5 +234,4 @@ def panel(model, tokenizer, hook_name: str, sae: sae_utils.SAE, kept: dict, name
     for field in fields.values():
         field.observe(renew, "value")
     renew()
-    # no Output widget: headless, those can hang for ever (nbclient issue 312)
     return w.VBox([w.HBox([fields["latents"], fields["operation"]]), w.HBox([fields["dose"], fields["scope"]]), fields["prompt"], told, shown, code, edits])

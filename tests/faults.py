@@ -446,7 +446,7 @@ def twice(world: World, short: bool) -> None:
         codes = [child.wait() for child in both]
         fine = all(code == 0 or child.sentence() for code, child in zip(codes, both, strict=True)) and 0 in codes
         if name == "train" and fine:
-            fine = not (why := apart(world.whole, results(runs / "both")))
+            fine = not apart(world.whole, results(runs / "both"))
         world.note(f"two at once: {name}", fine, f"{codes}: " + " | ".join(child.said()[-300:] for child in both))
 
 

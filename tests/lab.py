@@ -119,7 +119,7 @@ def errors(notebook: dict) -> list[str]:
 def play(page: Page, name: str) -> list[str]:
     """Types into the widgets that a notebook shows, as somebody at it does; what they did not do."""
     marked, field, value, told = {
-        "sae_training.ipynb": ("import ipywidgets", ".widget-text input:not([placeholder]):not([type=number])", "my own name", "my own name"),
+        "sae_training.ipynb": ("looking.stepper(", ".widget-text input[type=text]", "my own name", "my own name"),
         "patch_neurons.ipynb": ("looking.panel(", "input[placeholder^=numbers]", "5", "latents: [5]"),
     }[name]
     current = "window.jupyterapp.shell.currentWidget"

@@ -10,6 +10,7 @@ import torch
 from conftest import HOOK, WORDS
 
 import editing
+import features
 import looking
 import patching
 import sae_utils as u
@@ -122,3 +123,22 @@ def test_the_panel_renews_itself_and_says_what_is_wrong(model, tokenizer, sae, k
         assert told.value.startswith("<b>") and message in told.value and shown.value == ""
         field.value = kept_value
         assert "original" in shown.value
+
+
+def test_the_stepper_shows_a_latent_and_keeps_its_name(tmp_path):
+    path, labels = tmp_path / "labels.csv", {3: "three"}
+    path.write_text("3,three\n")
+    box = looking.stepper(lambda latent: f"card of {latent}, {labels.get(latent)}", labels, path, 3, 48)
+    (number, name), view = box.children[0].children, box.children[1]
+    assert (number.value, number.max, name.value, view.value) == (3, 47, "three", "card of 3, three")
+    number.value = 7
+    assert (name.value, view.value) == ("", "card of 7, None") and path.read_text() == "3,three\n"
+    name.value = " seven "
+    assert labels == {3: "three", 7: "seven"} == features.read_labels(path) and view.value == "card of 7, seven"
+    number.value = 3
+    assert name.value == "three"
+    name.value = ""
+    assert labels == {7: "seven"} == features.read_labels(path)
+    path.write_text("7;seven\n")
+    name.value = "x"
+    assert "line 1" in view.value and path.read_text() == "7;seven\n" and labels == {7: "seven"}
