@@ -403,8 +403,8 @@ def strength_curve(fig, density: Tensor, strength: Tensor, mean_act: Tensor) -> 
     shares = (mass[alive].double().sort(descending=True).values.cumsum(0) / mass.double().sum()).numpy()
     right.plot(np.arange(1, len(shares) + 1), shares, color="tab:blue")
     right.axhline(0.5, color="0.7", lw=0.8)
-    right.set(xscale="log", ylim=(0, 1.02), xlabel="latents, those with most activation first", ylabel="share of all activation")
-    right.set_title(f"half of all activation is that of {half_of(mass):,} latents", fontsize="medium")
+    right.set(xscale="log", ylim=(0, 1.02), xlabel="latents, most activation first", ylabel="share of all activation")
+    right.set_title(f"{half_of(mass):,} latents have half of it", fontsize="medium")
 
 
 def on_grid(values: Tensor) -> np.ndarray:

@@ -163,6 +163,11 @@ def in_lab(folder: Path) -> list[str]:
             wrong += [] if (folder / done).exists() else [f"{done} is not there"]
             wrong += [f"{name}: {what}" for what in play(page, name)]
             page.picture(name.replace(".ipynb", "-played.png"))
+        state = lambda: {file: file.read_bytes() for file in sorted((folder / "runs/lab").rglob("*")) if file.is_file()}
+        before = state()
+        again = run_all(page, "sae_training.ipynb", 900)  # a finished run opens again
+        wrong += errors(again) + ([] if state() == before else ["a second Run All touched a file of the run"])
+        wrong += [] if "is looked at again" in json.dumps(again) else ["a finished run was not opened again"]
         wrong += [] if "my own name" in (folder / "runs/lab/labels.csv").read_text() else ["a name given in the notebook is not in labels.csv"]
     finally:
         if page:

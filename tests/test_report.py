@@ -118,7 +118,7 @@ def test_the_strength_curve_by_hand():
     report.strength_curve(fig, density, strength, mean)
     left, right = fig.axes
     assert left.lines[1].get_ydata().tolist() == [4, 2, 1] and left.lines[0].get_ydata().tolist() == [2, 1, 0.5]
-    assert right.lines[0].get_ydata() == pytest.approx([4 / 7, 6 / 7, 1]) and right.get_title() == "half of all activation is that of 1 latents"
+    assert right.lines[0].get_ydata() == pytest.approx([4 / 7, 6 / 7, 1]) and right.get_title() == "1 latents have half of it"
     assert left.get_title() == "half of the live ones exceed 2"
     plt.close(fig)
 
