@@ -7,6 +7,7 @@ become sparse. tests/test_training.py has the same in autograd, as the readable 
 
 import math
 import os
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch import Tensor
 from torch.optim.adam import adam as functional_adam
+from torch.utils.tensorboard import SummaryWriter
 
 import sae_utils
 import showing
@@ -417,6 +420,33 @@ class Progress:
         took = max(1e-9, time.monotonic() - self.begun)
         left = showing.duration((self.total - step) * took / max(1, step - self.first_step))
         self.line.say(f"step {step:,} of {self.total:,} ({step / self.total:.0%}), {done / rows:.0%} of the epoch: fvu {found['mse'] / self.variance:.4f}, l0 {found['l0']:.1f}; {(done - self.first_row) / took:,.0f} rows/s, {left} left")
+
+
+def open_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    """TensorBoard's writer, for which a disk that is full, or may not be written to, is one sentence as it is elsewhere.
+
+    It writes in a thread of its own, keeps that thread's error for the next call, and lets it be printed too: of a failed
+    write that is said once, by the call.
+    """
+    with sae_utils.writing(folder):
+        writer = SummaryWriter(str(folder), purge_step=purge_step)
+    events, before = writer.file_writer.event_writer, threading.excepthook
+
+    def told(call):
+        def within(*args):
+            with sae_utils.writing(folder):
+                return call(*args)
+
+        return within
+
+    def once(error):
+        if not (isinstance(error.thread, _AsyncWriterThread) and isinstance(error.exc_value, OSError)):
+            before(error)
+
+    for name in ("add_event", "flush", "close"):
+        setattr(events, name, told(getattr(events, name)))
+    threading.excepthook = once
+    return writer
 
 
 def save_checkpoint(path: Path, trainer: Trainer, rows: str, **more) -> None:

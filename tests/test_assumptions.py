@@ -26,7 +26,9 @@ from conftest import HOOK, gemma, gpt2, word_tokenizer
 from huggingface_hub import constants
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
+from tensorboard.summary.writer import event_file_writer
 from torch.optim.adam import adam as functional_adam
+from torch.utils.tensorboard import SummaryWriter
 
 import harvest
 import sae_utils as u
@@ -273,6 +275,14 @@ def test_font_tables_say_which_characters_there_are():
 def test_a_lock_of_one_process_is_the_same_object(tmp_path):
     one = filelock.FileLock(tmp_path / "x", is_singleton=True)
     assert filelock.FileLock(tmp_path / "x", is_singleton=True) is one
+
+
+@relied_on_by("training.open_writer")
+def test_tensorboard_writes_in_a_thread_that_keeps_its_error(tmp_path):
+    events = SummaryWriter(str(tmp_path)).file_writer.event_writer
+    worker = events._async_writer._worker
+    assert isinstance(worker, event_file_writer._AsyncWriterThread) and worker.exception is None and {"add_event", "flush", "close"} <= set(dir(events))
+    events.close()
 
 
 # -- the lock and the ranges

@@ -1,9 +1,12 @@
 """The training step against autograd, its order of the data, going on after a stop, the doctor."""
 
+import contextlib
+import errno
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -591,3 +594,32 @@ def test_off_the_cpu_a_step_reads_nothing_back_and_stays_on_its_device(architect
     assert {name: id(t) for name, t in (trainer.state | trainer.gradients).items()} == before
     with pytest.raises(RuntimeError):
         trainer.read()
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypatch):
+    """Its thread meets it first; that is told by one of the next calls and not printed, while other threads' errors are printed as ever."""
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    writer = training.open_writer(tmp_path)
+    events = writer.file_writer.event_writer
+
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer.add_scalar("a", 1.0, 1)
+    writer.flush()
+    events._async_writer._writer.write = full
+    with contextlib.suppress(u.UserError):  # the thread may be that quick
+        writer.add_scalar("a", 1.0, 2)
+    events._async_writer._worker.join(30)
+    for call in (lambda: writer.add_scalar("a", 1.0, 3), writer.flush):
+        with pytest.raises(u.UserError, match="could not be written .No space left on device.: make room there"):
+            call()
+    assert printed == []
+    other = threading.Thread(target=full)
+    other.start()
+    other.join()
+    assert len(printed) == 1
+    monkeypatch.setattr(training, "SummaryWriter", full)
+    with pytest.raises(u.UserError, match="No space left"):
+        training.open_writer(tmp_path)
