@@ -15,7 +15,7 @@ EVERY := $(call words_of,setup) PYTHON UV VENV PY RUNNER OMP_NUM_THREADS TOKENIZ
 ASKED := $(or $(MAKECMDGOALS),help)
 OF_ASKED := $(foreach job,$(ASKED),$(call words_of,$(job)))
 $(foreach word,$(if $(SWEEP_PLAN),,$(firstword $(filter-out $(EVERY) $(OF_ASKED),$(TYPED)))),$(error make $(ASKED) has no word $(word); it has: $(or $(OF_ASKED),none)))
-$(foreach word,$(filter-out $(EVERY) $(TYPED),SWEEP_PLAN SHARE $(sort $(foreach pair,$(KNOWN),$(lastword $(subst :, ,$(pair)))))),$(eval override $(word) :=))
+$(foreach word,$(filter-out TORCH_INDEX PYTHON UV VENV PY RUNNER OMP_NUM_THREADS TOKENIZERS_PARALLELISM $(TYPED),SWEEP_PLAN SHARE $(sort $(foreach pair,$(KNOWN),$(lastword $(subst :, ,$(pair)))))),$(eval override $(word) :=))
 
 PYTHON ?= python3
 UV ?= uv

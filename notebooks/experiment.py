@@ -15,6 +15,7 @@ import difflib
 import errno
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import logging
 import math
@@ -60,6 +61,8 @@ class Param:
             items = typed.listed(value, item.type == "int", self.name) if isinstance(value, str) else value
             if not isinstance(items, list):
                 raise self._refused(value)
+            if isinstance(value, str) and item.type == "int" and any(isinstance(read_int(one), str) for one in items):
+                raise self._refused(value)  # which says how a list is given
             return [item.checked(one) for one in items]
         if isinstance(value, str):
             value = READ.get(self.type, str)(value)
@@ -67,9 +70,7 @@ class Param:
             value = float(value)
         if type(value).__name__ != self.type or not self._allows(value):
             raise self._refused(value)
-        if isinstance(value, str) and ("\0" in value or value.encode("utf-8", "ignore").decode() != value):
-            raise sae_utils.UserError(f"parameter {self.name}, {ascii(value)[:100]}, holds what no text in UTF-8 does.")
-        return value
+        return typed.check_text(value, f"parameter {self.name}") if isinstance(value, str) else value
 
     def _refused(self, value) -> sae_utils.UserError:
         names = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "list[int]": "a list of whole numbers", "list[str]": "a list of texts"}
@@ -306,12 +307,15 @@ def start_patch(params: dict):
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run or an experiment is finished: its .done is whole, and no file that this names is missing."""
+    """Whether a run or an experiment is finished: its .done says so, and no file that this names is missing. A flipped bit in
+    .done is no reason to train again: of "finished" and the names of files one is enough, and what is no such name says nothing."""
     try:
-        word, *files = (folder / ".done").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):  # none, an empty one of a full disk, or bytes
+        word, *names = (folder / ".done").read_bytes().decode("utf-8", "replace").split("\n")
+    except OSError:
         return False
-    return word == "finished" and all((folder / name).is_file() for name in files) and not any(folder.glob("*.running.ipynb"))
+    made = [name for name in names if name in FILES or name.endswith(".ipynb")]
+    said = word == "finished" or bool(made)
+    return said and all((folder / name).is_file() for name in made) and not any(folder.glob("*.running.ipynb"))
 
 
 def begin_again(folder: Path) -> None:
@@ -373,6 +377,7 @@ def settle(folder: Path, executed: Path) -> bool:
 
 def finished_run(run_dir: str) -> Path:
     """The folder of a finished training run. Raises UserError where there is none."""
+    run_dir = typed.run_dir(run_dir.removeprefix("runs/").rstrip("/")) if run_dir.startswith("runs/") else run_dir
     folder = sae_utils.resolve(run_dir) if run_dir else sae_utils.ROOT / "runs"
     if not run_dir or not folder.is_dir():
         known = sorted(f.parent.name for f in (sae_utils.ROOT / "runs").glob("*/.done") if is_finished(f.parent))
@@ -386,8 +391,10 @@ def recorded_params(file: Path, notebook: str) -> dict:
     """The parameters that `file`, a params.json, records; those that are newer than it at their defaults."""
     try:
         recorded = dict(storing.read_json(file)["parameters"])
+    except sae_utils.UserError as error:
+        raise sae_utils.UserError(f"{str(error).removesuffix('.')}: look at it, or take another name (RUN=, SWEEP=).") from None
     except (ValueError, KeyError, TypeError):
-        raise sae_utils.UserError(f"{sae_utils.show_path(file)} is cut off, or not of this project: look at it, or take another name (RUN=, SWEEP=).") from None
+        raise sae_utils.UserError(f"{sae_utils.show_path(file)} holds no parameters of this project: look at it, or take another name (RUN=, SWEEP=).") from None
     return {name: p.default for name, p in declared_params(notebook).items()} | recorded
 
 
@@ -454,11 +461,21 @@ def compare_folder(params: dict) -> tuple[Path, bool]:
     return place_for(root / "compare"), False
 
 
+def world_folder(params: dict) -> tuple[Path, bool]:
+    """Where the tiny model's notebook goes, beside its world, and False: it is made anew each time. UserError where world or
+    model would go into a run, or into what is kept under runs/ for other things."""
+    others = tuple(name for name in KEPT if not name.startswith("tiny-"))
+    model, world = (place_for(params[name], others) for name in ("model_dir", "world_dir"))
+    if run := next((folder for folder in (model, world) if (folder / "params.json").exists()), None):
+        raise sae_utils.UserError(f"{sae_utils.show_path(run)} is a run: choose another folder.")
+    return world, False
+
+
 # Where a notebook's executed copy goes, and whether what it makes is finished already.
 FOLDERS = {
     "sae_training": run_folder,
     "patch_neurons": patch_folder,
-    "tiny_model": lambda params: (place_for(params["world_dir"]), False),
+    "tiny_model": world_folder,
     "compare_runs": compare_folder,
 }
 
@@ -580,12 +597,22 @@ def as_text_of(sae: sae_utils.SAE) -> showing.TokenText:
     return showing.TokenText(tokenizer)
 
 
+def read_sae(run: Path) -> sae_utils.SAE:
+    """The SAE of a finished run. UserError where it does not say what it was trained on."""
+    import patching
+
+    sae = sae_utils.SAE.load(run / "sae.pth")
+    patching.check_run(sae, run)
+    return sae
+
+
 def relabel(run_dir: str) -> Path:
     """Writes a finished run's features.html anew, with the names that its labels.csv now gives to latents."""
     import features
 
     folder = finished_run(run_dir)
-    sae, labels = sae_utils.SAE.load(folder / "sae.pth"), features.read_labels(folder / "labels.csv")
+    storing.sweep_temporary(folder)
+    sae, labels = read_sae(folder), features.read_labels(folder / "labels.csv")
     for latent in labels:
         sae_utils.check_latent(latent, sae.d_sae)
     kept, page, as_text = features.read(folder), folder / "features.html", as_text_of(sae)
@@ -600,8 +627,9 @@ def look(run_dir: str, text: str) -> Path:
     import harvest
     import looking
 
-    folder = finished_run(run_dir)
-    sae, kept, names = sae_utils.SAE.load(folder / "sae.pth"), features.read(folder), features.read_labels(folder / "labels.csv")
+    folder, text = finished_run(run_dir), typed.check_text(text, "TEXT")
+    storing.sweep_temporary(folder / "looks")
+    sae, kept, names = read_sae(folder), features.read(folder), features.read_labels(folder / "labels.csv")
     config = sae.config
     if harvest.model_fingerprint(config["model_name"], config["model_revision"]) != config["model_fingerprint"]:
         raise sae_utils.UserError(f"{config['model_name']} is no longer the model this SAE was trained on: train it again.")
@@ -641,6 +669,8 @@ def judge(source: str, flags: list[str], look_again: bool = True) -> Path:
 def patch_elsewhere(source: str, flags: list[str]) -> Path:
     """`launch` of patch_neurons on an SAE from elsewhere, which is looked at first where that was not done yet: the flags
     before "--" are for the look, those behind it for the experiment, and checked before the look begins."""
+    if "--" not in flags:
+        raise sae_utils.UserError("patch: the flags of the look and those of the experiment are parted by --.")
     cut = flags.index("--")
     look, own = flags[:cut], flags[cut + 1 :]
     check_params("patch_neurons", typed.parameters(own))
@@ -778,7 +808,17 @@ def main(args: list[str]) -> int:
         name, words = (args or [""])[0], args[1:]
         if name not in FOLDERS and name not in JOBS:
             raise sae_utils.UserError(f"{name!r} is no job: there are {', '.join([*FOLDERS, *JOBS])}.")
-        JOBS[name](*words) if name in JOBS else launch(name, words)
+        if name in JOBS:
+            try:
+                inspect.signature(JOBS[name]).bind(*words)
+            except TypeError as error:
+                raise sae_utils.UserError(f"{name}: {error}.") from None
+            JOBS[name](*words)
+        else:
+            launch(name, words)
+    except BrokenPipeError:  # whoever read what this prints has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except BaseException as error:
         said, code = told(error)
         if not said and isinstance(error, papermill.PapermillExecutionError):

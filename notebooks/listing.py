@@ -80,10 +80,11 @@ def read_json(file: Path) -> dict:
 def why_failed(notebook: Path) -> str:
     """The error that a notebook's executed copy ends with."""
     try:
-        outputs = [out for cell in read_json(notebook)["cells"] for out in cell.get("outputs", [])]
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        outputs = [out for cell in cells for out in cell.get("outputs", [])]
         error = next(out for out in reversed(outputs) if out["output_type"] == "error")
         return f"{error['ename']}: {' '.join(error['evalue'].split())[:300]}"
-    except (UserError, LookupError, StopIteration, TypeError):
+    except (OSError, ValueError, LookupError, StopIteration, TypeError, AttributeError):
         return f"see {notebook.name}"
 
 

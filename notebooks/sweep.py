@@ -42,7 +42,7 @@ def plan(grid: str, sweep: str, flags: list[str]) -> str:
 
     UserError, before anything runs, where the grid is none, an axis does nothing, or a name is taken.
     """
-    if not re.fullmatch(r"[\w./-]*\w", sweep, re.ASCII) or ".." in sweep.split("/"):
+    if not re.fullmatch(f"/?{typed.NAME}", sweep, re.ASCII):
         raise sae_utils.UserError(f"SWEEP {sweep!r} names no sweep: letters from a to z, digits, '.', '-' and '_' will do.")
     axes, given = read_grid(grid), typed.parameters(flags)
     for_make = lambda words: shlex.join(words).replace("$", "$$").replace("#", "$H")

@@ -111,6 +111,13 @@ def split(words: str) -> list[str]:
         raise UserError(f"{words!r} cannot be divided into words: {str(error)[0].lower()}{str(error)[1:]}.") from None
 
 
+def check_text(text: str, what: str) -> str:
+    """`text`. UserError where it holds what no text in UTF-8 does: NUL, or bytes that are none of it."""
+    if "\0" in text or text.encode("utf-8", "ignore").decode() != text:
+        raise UserError(f"{what}, {ascii(text)[:100]}, holds what no text in UTF-8 does.")
+    return text
+
+
 def run_dir(name: str) -> str:
     """The folder of the run of that name, under runs/. UserError where it is no name."""
     if not re.fullmatch(NAME, name):

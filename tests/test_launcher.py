@@ -89,7 +89,7 @@ def test_a_run_that_lacks_something_is_finished_when_asked_again(played, lost):
     assert notebook.calls == 2 and visible(run) == WHOLE and experiment.is_finished(run)
 
 
-@pytest.mark.parametrize("content", [b"", b"fin", b"\xff\xfe", b"finished\nreport.pdf\nnowhere.html\n"])
+@pytest.mark.parametrize("content", [b"", b"fin", b"\xff\xfe", b"finished\nreport.pdf\noverview.png\n"])
 def test_a_done_that_is_not_whole_says_nothing(played, content):
     params, run, notebook = played
     experiment.launch("sae_training", as_flags(params))
@@ -422,3 +422,44 @@ def test_a_look_is_named_after_its_sae_and_patched_there(tmp_path, monkeypatch):
     assert experiment.main(["patch", "x/y", "--run", "there", "-p", "layer", "1", "--", "-p", "latents", "17 23", "--words", "-p name 007"]) == 0
     assert calls == [("sae_training", {"trained_sae": "x/y", "run_dir": "runs/there", "model_name": "a/b", "layer": "1"}), ("patch_neurons", {"latents": "17 23", "name": "007", "run_dir": str(tmp_path / "done")})]
     assert experiment.main(["patch", "x/y", "--", "-p", "latents", "no"]) == 2 and len(calls) == 2  # told before anything is looked at
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["labels"], "missing a required argument"), (["look", "runs/x"], "missing a required argument"), (["runs", "a", "b"], "too many"), (["patch", "x"], "parted by --"),
+    (["labels", "runs/../../elsewhere"], "no name of a run"), (["export", "runs/../x", "saelens"], "no name of a run"), (["look", "runs/a b", "text"], "no name of a run"),
+])  # fmt: skip
+def test_words_that_a_job_does_not_have_are_one_sentence(words, message, capsys):
+    assert experiment.main(words) == 2 and re.fullmatch(f"Error: .*{message}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["world_dir", "model_dir"])
+def test_the_tiny_model_goes_into_no_run(tmp_path, name):
+    params = experiment.check_params("tiny_model", {"world_dir": str(tmp_path / "world"), "model_dir": str(tmp_path / "model")})
+    assert experiment.world_folder(params) == (tmp_path / "world", False)
+    assert experiment.world_folder(params | {name: "runs/tiny-world"})[0] in (u.ROOT / "runs" / "tiny-world", tmp_path / "world")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "params.json").touch()
+    for other in (tmp_path / "run", "runs/activations", "notebooks"):
+        with pytest.raises(u.UserError, match="is a run|is kept for other things|is part of this repository"):
+            experiment.world_folder(params | {name: str(other)})
+
+
+def test_a_finished_run_with_a_copy_that_is_still_at_work_is_not_finished(tmp_path):
+    (tmp_path / ".done").write_text("finished\n")
+    assert experiment.is_finished(tmp_path)
+    (tmp_path / "sae_training.running.ipynb").touch()
+    assert not experiment.is_finished(tmp_path)
+
+
+def test_a_listed_name_with_a_flipped_bit_is_no_reason_to_train_again(tmp_path):
+    for name in ("params.json", "sae.pth"):
+        (tmp_path / name).touch()
+    whole = b"finished\nparams.json\nsae.pth\n"
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / ".done").write_bytes(damaged)
+        assert experiment.is_finished(tmp_path), bytes(damaged)
+    (tmp_path / ".done").write_bytes(whole)
+    (tmp_path / "sae.pth").unlink()
+    assert not experiment.is_finished(tmp_path)
