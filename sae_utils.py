@@ -44,6 +44,10 @@ class UserError(Exception):
         return [f"Error: {self}"]
 
 
+class Damaged(UserError):
+    """A file of ours that is not as it was written."""
+
+
 # ---------------------------------------------------------------------------------------------
 # Small things: mistakes, paths, files, devices, progress
 # ---------------------------------------------------------------------------------------------
@@ -145,7 +149,7 @@ def check_digest(found: dict, path: Path) -> dict:
             _told.append(path)
             print(f"{show_path(path)} was written before files had digests: whether it is as it was then is not known (told once).", file=sys.stderr)
     elif str(found["digest"]) != digest(rest):
-        raise UserError(f"{show_path(path)} is not as it was written, its digest is another: a bad disk or copy, or changed by hand.")
+        raise Damaged(f"{show_path(path)} is not as it was written, its digest is another: a bad disk or copy, or changed by hand.")
     return rest
 
 
@@ -165,7 +169,7 @@ def read_torch(path: Path) -> dict:
             raise UserError(f"{show_path(path)} holds objects or code beside tensors, which are never run: it is none of this project's files.") from None
         damaged = str(error).partition("\n")[0][:150] or type(error).__name__
     if damaged is not None:
-        raise UserError(f"{show_path(path)} is damaged, or none of this project's files ({damaged}).")
+        raise Damaged(f"{show_path(path)} is damaged, or none of this project's files ({damaged}).")
     return found if isinstance(found, dict) else {}
 
 
@@ -292,6 +296,12 @@ def local_or_hub(name: str, kind: str) -> str:
     return name
 
 
+def positions_of(config) -> int | None:
+    """How many positions a model has, where its config says."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((value for name in names if isinstance(value := getattr(config.get_text_config(), name, None), int)), None)
+
+
 def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", seq_len: int = 1) -> str:
     """The name of the hooked module, such as `model.layers.6.mlp.down_proj`.
 
@@ -306,7 +316,7 @@ def find_hook(model_name: str, layer: int, hook: str = "", revision: str = "", s
     with hub_errors("model", model_name):
         config = transformers.AutoConfig.from_pretrained(source, revision=revision or None, trust_remote_code=False)
     text_config = config.get_text_config()
-    n_layers, positions = text_config.num_hidden_layers, getattr(text_config, "max_position_embeddings", None)
+    n_layers, positions = text_config.num_hidden_layers, positions_of(config)
     if positions and seq_len > positions:
         raise UserError(f"seq_len {seq_len} is more than the {positions} positions of {model_name}.")
     if not 0 <= layer < n_layers:
@@ -770,7 +780,6 @@ class SAE(nn.Module):
         path, again = show_path(file), "train it again, or copy the file again"
         try:
             saved = read_torch(file)
-            saved = check_digest(saved, file) if saved.get("format_version") == FORMAT_VERSION else saved
         except OSError:
             where = "" if here.resolve() == file else f", nor at {here}"
             raise UserError(f"there is no SAE at {path}{where}.") from None
@@ -778,10 +787,14 @@ class SAE(nn.Module):
             raise UserError(f"{str(error).removesuffix('.')}: {again}.") from None
         if "format_version" not in saved:
             raise UserError(f"{path} is no SAE of this project: it has no format_version.")
-        if saved["format_version"] != FORMAT_VERSION:
+        if type(saved["format_version"]) is not int or saved["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path} has format {saved['format_version']!r}, this code reads {FORMAT_VERSION}: train it again.")
         if wrong := _wrong_parts(saved):
             raise UserError(f"{path} is no whole SAE: it {', '.join(wrong)}; {again}.")
+        try:
+            saved = check_digest(saved, file)
+        except UserError as error:
+            raise UserError(f"{str(error).removesuffix('.')}: {again}.") from None
         state, config = saved["state_dict"], saved["config"]
         shape = {name: config[name] for name in ("architecture", "k", "apply_b_dec_to_input")}
         sae = cls(*state["W_enc"].shape, norm_scale=float(saved["norm_scale"]), **shape)
@@ -800,7 +813,7 @@ def _wrong_parts(saved: dict) -> list[str]:
     state, config, scale = saved["state_dict"], saved["config"], saved["norm_scale"]
     if found := lacks(config, ("architecture", "k", "apply_b_dec_to_input"), " in its config"):
         return found
-    found = [f"has norm_scale {scale!r}, which is no finite number from 0"] * (not number(scale, (int, float)) or not 0 <= scale < math.inf)
+    found = [f"has norm_scale {scale!r}, which is no finite number from 0"] * (not number(scale, (int, float)) or not 0 <= scale <= torch.finfo(torch.float32).max)
     rule = ARCHITECTURES.get(config["architecture"]) if isinstance(config["architecture"], str) else None
     found += [f"has architecture {config['architecture']!r}, which is none of {', '.join(ARCHITECTURES)}"] * (rule is None)
     found += [f"has apply_b_dec_to_input {config['apply_b_dec_to_input']!r}, which is not true or false"] * (type(config["apply_b_dec_to_input"]) is not bool)
@@ -814,15 +827,18 @@ def _wrong_parts(saved: dict) -> list[str]:
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     shapes |= {name: tuple(tensor.shape) for kind in (rule.tensors(d_sae) if rule else ()) for name, tensor in kind.items()}
     found += [f"holds {name}, which it should not" for name in state if rule and name not in shapes]
-    shapes |= {"activation_mean": (d_in,), "density": (d_sae,), "max_act": (d_sae,)}
-    for name, wanted in shapes.items():
-        value = {**state, **saved}.get(name)
-        if value is None and name not in saved:
+    beside = {"activation_mean": (d_in,), "density": (d_sae,), "max_act": (d_sae,)}
+    for name, wanted in (shapes | beside).items():
+        there = saved if name in beside else state
+        value = there.get(name)
+        if name not in there:
             found.append(f"lacks {name}")
         elif not isinstance(value, Tensor) or tuple(value.shape) != wanted:
             found.append(f"has {name} of shape {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}, not {wanted}")
         elif value.dtype != torch.float32:
             found.append(f"has {name} in {str(value.dtype).removeprefix('torch.')}, not float32")
+        elif value.layout != torch.strided or value.is_meta:
+            found.append(f"has {name} as {'no numbers' if value.is_meta else 'a sparse tensor'}")
         elif not torch.isfinite(value).all():
             found.append(f"has NaN or infinite values in {name}")
         elif name in ("density", "max_act") and (value.min() < 0 or name == "density" and value.max() > 1):

@@ -55,7 +55,11 @@ class Edit:
 
 def strength(value, what: str = "value"):
     """`value`, a number or one for each latent. UserError where one is NaN or infinite, or beyond float32."""
-    if not (torch.as_tensor(value, dtype=torch.float64).abs() <= torch.finfo(torch.float32).max).all():
+    try:
+        finite = (torch.as_tensor(value, dtype=torch.float64).abs() <= torch.finfo(torch.float32).max).all()
+    except OverflowError:  # a whole number beyond float64
+        finite = False
+    if not finite:
         raise UserError(f"{what} {value} is not a finite number of float32: an edit needs one.")
     return value
 

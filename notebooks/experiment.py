@@ -693,6 +693,7 @@ def export(run_dir: str, format: str, out: str = "") -> Path:
     import formats
 
     folder = finished_run(run_dir)
+    storing.sweep_temporary(folder / "export")
     sae, params = sae_utils.SAE.load(folder / "sae.pth"), recorded_params(folder / "params.json", "sae_training")
     about = {"run": folder.name, "metrics": storing.read_json(folder / "metrics.json")}
     if not params["trained_sae"]:  # how an SAE from elsewhere was trained is not known here

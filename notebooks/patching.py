@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import editing
+import experiment
 import sae_utils
 import showing
 import storing
@@ -27,18 +28,6 @@ MOST_REPEATS = 0.2  # and by how much the share of its tokens that repeat themse
 # ---------------------------------------------------------------------------------------------
 # Prompts
 # ---------------------------------------------------------------------------------------------
-
-
-def read_text(path: Path, what: str) -> str:
-    """What a text file holds, begun by a byte order mark or not. UserError where it is missing, or not UTF-8."""
-    try:
-        if not path.is_file():
-            raise UserError(f"{what}: there is no such file.")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8, from byte {error.start} on: save it as UTF-8.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what} cannot be read ({error}).") from None
 
 
 def check_text(text, what: str) -> str:
@@ -73,7 +62,8 @@ def read_prompts(texts: list[str], file: str) -> list[str]:
     texts = list(texts)
     if file:
         path = sae_utils.resolve(file)
-        for number, line in enumerate(read_text(path, f"prompts_file {file}").splitlines(), 1):
+        for number, line in enumerate(typed.read_file(path, "prompts_file").split("\n"), 1):
+            line = line.removesuffix("\r")
             try:
                 texts += [json.loads(line) if path.suffix == ".jsonl" else line] if line.strip() else []
             except (ValueError, RecursionError):
@@ -98,17 +88,10 @@ def encode_prompts(tokenizer, texts: list[str], chat: bool) -> list[list[int]]:
     return [sae_utils.with_bos(tokenizer, ids) for ids in sae_utils.encode_text(tokenizer, texts)]
 
 
-def positions_of(model) -> int | None:
-    """How many positions a model has, where its config says."""
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
-
-
 def check_prompts(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, what: str = "prompt") -> None:
     """Raises UserError where a prompt holds no text, or does not fit into the model with what it shall write; without a
     prompt, where that alone does not."""
-    special, positions = set(sae_utils.special_ids(tokenizer)), positions_of(model)
+    special, positions = set(sae_utils.special_ids(tokenizer)), sae_utils.positions_of(model.config)
     if positions and max_new_tokens >= positions:
         raise UserError(f"max_new_tokens {max_new_tokens} leaves no place for a prompt in the model's {positions} positions: lower it.")
     for number, ids in enumerate(prompts, 1):
@@ -163,13 +146,9 @@ def check_latents(latents: list, where: str) -> None:
 
 
 def as_number(text):
-    """The number that a text is, whole or not; anything else as it is."""
-    for kind in (int, float):
-        try:
-            return kind(text) if isinstance(text, str) and "_" not in text else text
-        except ValueError:
-            pass
-    return text
+    """The number that a text is, as for a parameter; anything else as it is."""
+    whole = experiment.read_int(text) if isinstance(text, str) else text
+    return experiment.read_float(text) if isinstance(whole, str) else whole
 
 
 def read_edits(path: Path) -> list[dict]:
@@ -198,7 +177,7 @@ def read_edits(path: Path) -> list[dict]:
             raise UserError(f"{where}: operation is one of {', '.join(OPERATIONS)}, and unit max or acts.")
         for name in ("strength", "low", "high"):
             value = edit.get(name, 0)
-            if not number_of(value) or not abs(value) < 3e38:
+            if not number_of(value) or not abs(value) <= torch.finfo(torch.float32).max:
                 raise UserError(f"{where}: {name} is a finite number of float32, not {show(value)}.")
         words = isinstance(scope, dict) and list(scope) == ["tokens"] and isinstance(scope["tokens"], list)
         places = isinstance(scope, list) and all(type(place) is int and abs(place) < 2**31 for place in scope)

@@ -1,6 +1,7 @@
 """An exported SAE on the Hugging Face hub, with a model card made from its run: `make publish`."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -100,6 +101,9 @@ def publish(run: Path, exported: Path, repo: str, dry_run: bool = False, private
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
         raise UserError(f"REPO {repo!r} is no repository on the hub: say user/name.")
     card, folder = model_card(run, repo, exported.name), run / "export" / "publish"
+    old = folder.with_name(".publish.old")  # there only while the new one takes its place, or where that was killed
+    if old.exists():
+        shutil.rmtree(old) if folder.exists() else old.rename(folder)
     if exported.name == "neuronpedia":
         raise UserError(f"Neuronpedia's files hold no weights: publish with FORMAT=saelens or safetensors, and give Neuronpedia {sae_utils.show_path(exported)}.")
     readme, written = folder / "README.md", run / "export" / ".card"  # the card as it was last written there
@@ -111,11 +115,15 @@ def publish(run: Path, exported: Path, repo: str, dry_run: bool = False, private
         print(f"{sae_utils.show_path(readme)} is kept as you left it, whatever REPO and FORMAT it names; delete it for a new card.")
     else:
         written.write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(exported, folder)
-    readme.write_text(card, encoding="utf-8")
-    for file in folder.rglob("*.json"):
-        storing.write_json(file, without_places(json.loads(file.read_text(encoding="utf-8"))))
+    new = folder.with_name(f".publish.{os.getpid()}.tmp")
+    with sae_utils.writing(folder):  # whole beside it first: the card there may be somebody's work
+        shutil.copytree(exported, new)
+        (new / "README.md").write_text(card, encoding="utf-8")
+        for file in new.rglob("*.json"):
+            storing.write_json(file, without_places(json.loads(file.read_text(encoding="utf-8"))))
+        folder.rename(old) if folder.exists() else None
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     print(f"{sae_utils.show_path(folder)}: {', '.join(sorted(files))}")
     if dry_run:

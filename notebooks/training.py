@@ -495,7 +495,7 @@ def resume(path: Path, trainer: Trainer, rows: str, start: dict) -> tuple[dict, 
         return place, ""
     except sae_utils.UserError as error:
         aside = ""
-        if "damaged" not in str(error) and "digest" not in str(error):
+        if not isinstance(error, sae_utils.Damaged):
             other = path.with_suffix(".other.pth")
             path.replace(other)
             aside = f" (it is kept as {other.name})"

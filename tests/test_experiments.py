@@ -151,7 +151,7 @@ def test_controls_are_live_alike_and_none_twice(sae, fresh_seed):
     ("edits: []", "one list"), ("- 1", "one list"), ("edits: {", "edits.yaml, line 1"), ("edits: []\nedits: []", "twice"), ("edits: [{operation: ablate}]", "an edit has latents"),
     ("edits: [{latents: [1], operation: ablate, streng: 2}]", "an edit has latents"), ("edits: [{latents: [99], operation: ablate}]", "valid latents are 0 to 47"),
     ("edits: [{latents: [1], operation: boost}]", "operation is one of"), ("edits: [{latents: [1], operation: amplify, strength: .nan}]", "a finite number"),
-    ("edits: [{latents: [1], operation: amplify, strength: 1_0}]", "a finite number"), ("edits: [{latents: [1], operation: ablate, scope: nowhere}]", "scope is all"),
+    ("edits: [{latents: [1], operation: amplify, strength: 4e38}]", "a finite number"), ("edits: [{latents: [010], operation: ablate}]", "a list of numbers"), ("edits: [{latents: [1], operation: ablate, scope: nowhere}]", "scope is all"),
     ("edits: [{latents: [1], operation: ablate, scope: {tokens: [a cat]}}]", "is 2 tokens"), ("edits: [{latents: 1, operation: ablate}]", "a list of numbers"),
 ])  # fmt: skip
 def test_wrong_edits_are_told(tmp_path, sae, tokenizer, text, message):

@@ -444,14 +444,18 @@ def test_an_edit_beyond_all_numbers_is_noticed(model, tokenizer, sae):
 def test_files_and_texts_that_are_none(tmp_path):
     file = tmp_path / "p.txt"
     file.write_bytes(b"the cat\ncaf\xe9\n")
-    with pytest.raises(u.UserError, match="p.txt is not UTF-8, from byte 11 on: save it as UTF-8"):
+    with pytest.raises(u.UserError, match="p.txt: byte 12 is not UTF-8: save it as UTF-8"):
         patching.read_prompts([], str(file))
     with pytest.raises(u.UserError, match="p.txt: byte 12 is not UTF-8"):
         patching.read_edits(file)
     file.write_bytes(b"\xef\xbb\xbfthe cat\r\na dog")
     assert patching.read_prompts([], str(file)) == ["the cat", "a dog"]
+    file.write_text("a\u2028b\nc\x0cd\x85e\n", encoding="utf-8")  # lines end in one character alone
+    assert patching.read_prompts([], str(file)) == ["a\u2028b", "c\x0cd\x85e"]
+    (tmp_path / "p.jsonl").write_text(json.dumps("a\u2028b", ensure_ascii=False) + "\n", encoding="utf-8")
+    assert patching.read_prompts([], str(tmp_path / "p.jsonl")) == ["a\u2028b"]
     for path in (tmp_path, tmp_path / "none", tmp_path / ("x" * 300), "/dev/zero"):
-        with pytest.raises(u.UserError, match="there is no such file|cannot be read|is no path"):
+        with pytest.raises(u.UserError, match="there is no such file|that is no file|is no path"):
             patching.read_prompts([], str(path))
     (tmp_path / "p.jsonl").write_text('"a"\n"b \\ud800"\n')
     with pytest.raises(u.UserError, match="prompt 2 holds half of a character .*ud800"):
@@ -493,9 +497,9 @@ def test_what_does_not_fit_into_the_positions(tokenizer):
             patching.check_prompts(model, tokenizer, prompts, new)
     patching.check_prompts(model, tokenizer, [[3, 5] * 10], 44)
     model.config = transformers.MptConfig(max_seq_len=32)
-    assert patching.positions_of(model) == 32
+    assert u.positions_of(model.config) == 32
     model.config = types.SimpleNamespace(get_text_config=lambda: types.SimpleNamespace())
-    assert patching.positions_of(model) is None
+    assert u.positions_of(model.config) is None
     for temperature in (1e-320, 1e-4):
         with pytest.raises(u.UserError, match="too small to divide by"):
             patching.check_sampling(temperature)

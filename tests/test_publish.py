@@ -1,5 +1,6 @@
 """What `make publish` writes and pushes: the card against the run's own files, and a hub that only remembers."""
 
+import errno
 import json
 import re
 import subprocess
@@ -146,6 +147,26 @@ def test_a_card_that_was_edited_is_kept_and_what_is_not_ours_is_not_deleted(run,
     (folder / "notes.txt").unlink()
     (folder / "README.md").unlink()
     assert experiment.main(again) == 0 and "My own words" not in (folder / "README.md").read_text()
+
+
+def test_an_edited_card_outlives_a_full_disk_and_a_kill(run, hub, monkeypatch, capsys):
+    folder, again = run / "export" / "publish", ["publish", str(run), "user/name", "saelens", "dry"]
+    assert experiment.main(again) == 0
+    with (folder / "README.md").open("a") as card:
+        card.write("My own words.")
+    edited, files = (folder / "README.md").read_text(), sorted(folder.iterdir())
+
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as there:
+        there.setattr(publishing.shutil, "copytree", full)
+        assert experiment.main(again) == 2 and "No space left on device" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == edited and sorted(folder.iterdir()) == files
+    folder.rename(folder.with_name(".publish.old"))  # killed before the new one stood in its place
+    assert experiment.main(again) == 0 and (folder / "README.md").read_text() == edited
+    assert [file.name for file in (run / "export").glob(".publish*")] == []
+    (folder / "README.md").unlink()  # the run is other tests' as well
 
 
 @pytest.mark.parametrize("words", [[], ["public"]])

@@ -253,6 +253,14 @@ def test_devices(monkeypatch):
         u.pick_device("tpu:0")
 
 
+def test_a_topk_of_no_latents_is_none(tmp_path):
+    u.SAE(16, 48, architecture="topk", k=1).save(tmp_path / "sae.pth")
+    saved = plain(tmp_path / "sae.pth")
+    torch.save(saved | {"config": saved["config"] | {"k": 0}}, tmp_path / "sae.pth")
+    with pytest.raises(u.UserError, match="has k 0 for 48 latents"):
+        u.SAE.load(tmp_path / "sae.pth")
+
+
 @pytest.mark.parametrize("architecture", ["relu", "batchtopk"])
 def test_parts_that_are_missing_or_do_not_fit_are_named(architecture, tmp_path):
     path, sae = tmp_path / "sae.pth", u.SAE(16, 48, architecture=architecture, k=4)
@@ -273,6 +281,9 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(architecture, tmp_path):
     wrong += [({"config": without(config, "k")}, "lacks k in its config"), ({"config": [1]}, "holds a state_dict or config that is none"), ({"config": config | {3: 4}}, "the name 3 is no text")]
     wrong += [({"config": config | {"architecture": value}}, "has architecture .*none of relu") for value in ("other", 3, [])]
     wrong += [({"config": config | {"k": value}}, "has k .* for 48 latents") for value in (-1, 49, 2.0, "4", True)]
+    wrong += [({"norm_scale": 10**400}, "has norm_scale"), (changed("b_enc", state["b_enc"].to_sparse()), "has b_enc as a sparse tensor")]
+    wrong += [(changed("W_enc", state["W_enc"] * float("nan")) | {"W_enc": state["W_enc"]}, "NaN or infinite values in W_enc")]  # a clean one elsewhere is none
+    wrong += [({"state_dict": without(state, "b_dec"), "b_dec": state["b_dec"]}, "it lacks b_dec;"), ({"format_version": torch.tensor([2, 2])}, "has format tensor"), ({"format_version": 2.0}, "has format 2.0")]
     wrong += [({"config": config | {"apply_b_dec_to_input": 1}}, "has apply_b_dec_to_input 1, which is not true or false")]
     for change, message in wrong:
         torch.save(saved | change, path)

@@ -623,3 +623,31 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypat
     monkeypatch.setattr(training, "SummaryWriter", full)
     with pytest.raises(u.UserError, match="No space left"):
         training.open_writer(tmp_path)
+
+
+def test_a_checkpoint_of_something_else_is_kept_whatever_its_folder_is_called(tmp_path):
+    """Damaged ones are not: what makes the difference is the fault, and not a word of the sentence."""
+    trainer = training.Trainer(make_sae("relu"), L1)
+    trainer.step(unit_rows(), 1e-2)
+    for folder in (tmp_path / "plain", tmp_path / "damaged digest"):
+        path = folder / "checkpoint.pth"
+        training.save_checkpoint(path, trainer, "rows", epoch=2)
+        _, lost = training.resume(path, training.Trainer(make_sae("relu"), L1), "other rows", {"epoch": 1})
+        assert "kept as checkpoint.other.pth" in lost and (folder / "checkpoint.other.pth").exists() and not path.exists()
+        path.write_bytes(b"PK")
+        _, lost = training.resume(path, training.Trainer(make_sae("relu"), L1), "rows", {"epoch": 1})
+        assert "kept" not in lost and path.exists()
+
+
+def test_a_checkpoint_whose_archive_is_whole_and_whose_content_is_not(tmp_path):
+    trainer = training.Trainer(make_sae("relu"), L1)
+    trainer.step(unit_rows(), 1e-2)
+    path = tmp_path / "checkpoint.pth"
+    training.save_checkpoint(path, trainer, "rows", epoch=2)
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"epoch": 3}, path)
+    with pytest.raises(u.Damaged, match="not as it was written"):
+        training.load_checkpoint(path, trainer, "rows")
+    state = trainer.state_dict()
+    assert training.alike(state, state) and not training.alike(state | {"more": 1}, state)
+    assert not training.alike({name: value for name, value in state.items() if name != next(iter(state))}, state)
