@@ -513,7 +513,8 @@ def read_labels(path: Path) -> dict[int, str]:
 
 
 def name_latent(path: Path, latent: int, name: str) -> dict[int, str]:
-    """Gives a latent a name in labels.csv, or takes it away where that is empty; the names there are then. Lines of others stay."""
+    """Gives a latent a name in labels.csv, or takes it away where that is empty; returns the names there are then. Those of other
+    latents stay; the lines are sorted by number, without a heading."""
     labels = read_labels(path)
     labels = {key: value for key, value in labels.items() if key != latent} | ({latent: " ".join(name.split())} if name.strip() else {})
     with sae_utils.atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -575,7 +576,7 @@ def card(saved: dict, latent: int, as_text, label: str = "", n: int = 5) -> str:
 
 def title_of(sae: sae_utils.SAE) -> str:
     """What stands above the page of a run's latents."""
-    return f"{sae.config['model_name']}, {sae.config['hook_name']}: {int((sae.density > 0).sum()):,} live latents"
+    return f"{showing.model_name(sae.config['model_name'])}, {sae.config['hook_name']}: {int((sae.density > 0).sum()):,} live latents"
 
 
 def packed(arrays: dict[str, np.ndarray]) -> tuple[str, list]:

@@ -1,10 +1,12 @@
-"""Sentences of one's own: which latents fire on them, and a panel that edits latents while the model goes on with one.
+"""Sentences of one's own: which latents fire on them, a box to step through latents, and a panel that edits latents while the
+model goes on with a prompt.
 
-`make look` and the notebooks show the first; the second needs a notebook with somebody at it, and computes nothing else
+`make look` and the notebooks show the first; the others need a notebook with somebody at it, and computes nothing else
 headless than what it shows at first.
 """
 
 import html
+import re
 from pathlib import Path
 
 import jinja2
@@ -51,7 +53,7 @@ def look(model, tokenizer, hook_name: str, sae: sae_utils.SAE, text: str, kept: 
     if not text.strip():
         raise UserError('there is no text to look at: give a sentence, TEXT="…".')
     (prompt,) = patching.encode_prompts(tokenizer, [text], chat=False)
-    patching.check_prompts(model, tokenizer, [prompt], 0)
+    patching.check_prompts(model, tokenizer, [prompt], 0, "sentence")
     as_text, acts = showing.TokenText(tokenizer), patching.text_acts(model, tokenizer, hook_name, sae, prompt).cpu()
     tokens = showing.whole([as_text(token) for token in prompt])
     told = lambda found: found | {"about": about(found["latent"], kept, names, as_text)}
@@ -74,11 +76,12 @@ def as_lines(found: list[dict]) -> str:
 
 
 def as_table(found: list[dict], page: str = "") -> str:
-    """The same as an HTML table; with `page`, the address of a features.html, each latent is a link into it."""
+    """The same as an HTML table; with `page`, the address of a features.html, each latent is a link into it but for those that
+    never fired on held-out text, which it does not have."""
     top = max([latent["act"] for line in found for latent in line["latents"]] + [1e-9])
 
     def cell(latent: dict) -> str:
-        number = f'<a href="{html.escape(page)}#{latent["latent"]}">{latent["latent"]}</a>' if page else str(latent["latent"])
+        number = f'<a href="{html.escape(page)}#{latent["latent"]}">{latent["latent"]}</a>' if page and latent["share"] is not None else str(latent["latent"])
         share = "" if latent["share"] is None else f", {latent['share']:.0%} of its maximum"
         return f'<td title="{html.escape(latent["about"])}">{number} <small>{latent["act"]:.2f}{share}<br>{html.escape(latent["about"])}</small></td>'
 
@@ -130,11 +133,17 @@ def stepper(card, labels: dict[int, str], path: Path, latent: int, d_sae: int):
     return w.VBox([w.HBox([number, name]), view])  # no Output widget: headless, those can hang for ever (nbclient issue 312)
 
 
+def numbers(words: str) -> list[int]:
+    """The whole numbers of "17, 23", each once; none where anything else stands there."""
+    found = words.replace(",", " ").split()
+    return list(dict.fromkeys(map(int, found))) if all(re.fullmatch("[0-9]{1,18}", word) for word in found) else []
+
+
 def find(words: str, d_sae: int, kept: dict, names: dict[int, str], as_text, most: int = 12) -> list[int]:
     """Latents by their numbers ("17 23"), or by a word: those whose name holds it, then those that fire on a token that does, most
     often first, then those that promote one. UserError for a number there is not, or a word that finds none."""
-    if words.replace(",", " ").replace(" ", "").isdigit():
-        return [sae_utils.check_latent(int(word), d_sae) for word in dict.fromkeys(words.replace(",", " ").split())]
+    if numbers(words):
+        return [sae_utils.check_latent(number, d_sae) for number in numbers(words)]
     wanted = words.strip().lower()
     if not wanted:
         raise UserError("name latents, by their numbers or by a word.")
@@ -193,7 +202,7 @@ def side_by_side(found: dict) -> str:
     text = lambda pieces: "".join(f"{mark}{html.escape(p['text'])}</span>" if p["differs"] else html.escape(p["text"]) for p in pieces) or "<i>nothing</i>"
     nats = lambda value: "" if value is None else f"<br><small>{value:.2f} nats per token for the model as it is</small>"
     column = lambda name, arm, value: f'<td style="width:50%;vertical-align:top;text-align:left;white-space:pre-wrap"><b>{name}</b>\n{text(found[arm])}{nats(value)}</td>'
-    moves = ", ".join(f"{html.escape(repr(move['token']))} {move['change']:+.2f}" for move in found["moves"]) or "none by a hundredth"
+    moves = ", ".join(f"{html.escape(repr(move['token']))} {move['change']:+.2f}" for move in found["moves"]) or "none"
     told = "The text is the same. " if found["same"] else ""
     return (
         f'<div style="white-space:pre-wrap;opacity:.75">{html.escape(found["prompt"])}</div><table style="width:100%"><tr>'
@@ -221,7 +230,7 @@ def panel(model, tokenizer, hook_name: str, sae: sae_utils.SAE, kept: dict, name
         try:
             value = {name: field.value for name, field in fields.items()}
             found = find(value["latents"], sae.d_sae, kept, names, as_text)
-            searched = not value["latents"].replace(",", " ").replace(" ", "").isdigit()
+            searched = not numbers(value["latents"])
             told.value = "<br>".join(f"{latent}: {html.escape(about(latent, kept, names, as_text))}" for latent in found)
             used = found[:1] if searched else found
             told.value += "<br>found by search; the first is edited: write numbers to choose others" * searched
@@ -229,7 +238,7 @@ def panel(model, tokenizer, hook_name: str, sae: sae_utils.SAE, kept: dict, name
             shown.value = side_by_side(tried(model, tokenizer, hook_name, sae, value["prompt"], edit, max_new_tokens))
             code.value, edits.value = as_python(edit, value["prompt"], max_new_tokens), as_yaml(edit)
         except UserError as error:
-            told.value, shown.value = f"<b>{html.escape(str(error))}</b>", ""
+            told.value, shown.value, code.value, edits.value = f"<b>{html.escape(str(error))}</b>", "", "", ""
 
     for field in fields.values():
         field.observe(renew, "value")

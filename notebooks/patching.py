@@ -96,7 +96,8 @@ def check_prompts(model, tokenizer, prompts: list[list[int]], max_new_tokens: in
         raise UserError(f"max_new_tokens {max_new_tokens} leaves no place for a prompt in the model's {positions} positions: lower it.")
     for number, ids in enumerate(prompts, 1):
         if not set(ids) - special:
-            raise UserError(f"{what} {number} holds no text: give it at least one token.")
+            cure = "this tokenizer has no token for anything in it: take other words" if any(ids.count(token) for token in special - {tokenizer.bos_token_id}) else "give it at least one token"
+            raise UserError(f"{what} {number} holds no text: {cure}.")
         if positions and len(ids) + max_new_tokens > positions:
             raise UserError(f"{what} {number} has {len(ids)} tokens, and {max_new_tokens} are to be written, but the model has {positions} positions: shorten it, or lower max_new_tokens.")
 

@@ -470,8 +470,8 @@ def known_figure(fig, facts: list[dict], hidden: Tensor, f1: dict[str, Tensor], 
 
 
 def title_of(params: dict) -> str:
-    """Model and layer; of a folder its name alone."""
-    return f"{Path(params['model_name']).name if sae_utils.resolve(params['model_name']).exists() else params['model_name']}, layer {params['layer']}"
+    """Model and layer."""
+    return f"{showing.model_name(params['model_name'])}, layer {params['layer']}"
 
 
 def made(file: Path, device: str) -> str:

@@ -11,7 +11,7 @@ import re
 import time
 import unicodedata
 
-from sae_utils import encode_text
+from sae_utils import encode_text, resolve
 
 
 class Every:
@@ -56,6 +56,11 @@ class Line:
             from IPython.display import display
 
             self.shown = display({"text/plain": text}, raw=True, display_id=True)
+
+
+def model_name(name: str) -> str:
+    """A model's name as a reader knows it: of a folder the last part alone."""
+    return resolve(name).name if resolve(name).exists() else name
 
 
 def duration(seconds: float) -> str:
@@ -160,7 +165,7 @@ def shade(pieces: list[str], values, color: str = "255,140,0", top: float = 0.0,
     space = '<span style="opacity:.5;background:radial-gradient(circle,currentColor 1px,#0000 1.5px)"> </span>'
     more = f'<span style="opacity:.6;user-select:none">{CONTINUED}</span>'
     boxes = (
-        f'<span style="display:inline-block;margin:1px;padding:0 1px;border-radius:2px;outline:1px solid {"currentColor" if i == framed else "#8884"};'
+        f'<span style="display:inline-block;margin:1px;padding:0 1px;border-radius:2px;white-space:pre;outline:1px solid {"currentColor" if i == framed else "#8884"};'
         f'background:rgba({color},{max(0.0, float(v)) / top:.2f})" title="{float(v):.3g}">{html.escape(visible(piece)).replace(" ", space) if piece else more}</span>'
         for i, (piece, v) in enumerate(zip(whole(pieces), values, strict=True))
     )
