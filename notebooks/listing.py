@@ -64,19 +64,6 @@ class Run:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_json(file: Path) -> dict:
-    """The table in a JSON file. UserError where it is missing, cut off or holds anything else."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.name} is missing") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file.name} is cut off or no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file.name} is not of this project: it holds a {type(value).__name__}")
-    return sae_utils.check_digest(value, file)
-
-
 def why_failed(notebook: Path) -> str:
     """The error that a notebook's executed copy ends with."""
     try:
@@ -102,7 +89,7 @@ def read_run(folder: Path, whole: bool = True) -> Run:
         state = "unfinished"  # somebody stopped it
     run = Run(folder.name, folder, state)
     try:
-        recorded = read_json(folder / "params.json").get("parameters")
+        recorded = storing.read_json(folder / "params.json").get("parameters")
         if not isinstance(recorded, dict) or "architecture" not in recorded:
             raise UserError("params.json is not of a training run of this project")
         run.params = experiment.check_params(NOTEBOOK, recorded)
@@ -124,7 +111,7 @@ def read_run(folder: Path, whole: bool = True) -> Run:
 
 def read_figures(run: Run) -> None:
     """`metrics`, `figures` (every number of metrics.json, and the increase of CE) and the doctor's lines."""
-    metrics = read_json(run.folder / "metrics.json")
+    metrics = storing.read_json(run.folder / "metrics.json")
     missing = [name for name in FIGURES if name not in metrics]
     if len(missing) == len(FIGURES):
         raise UserError("metrics.json is not of a training run: it has none of " + ", ".join(FIGURES))

@@ -352,16 +352,16 @@ def damages(data: bytes, chance: random.Random, flips: int = 1) -> list[tuple[st
 def damage(world: World, short: bool) -> None:
     """Each file of a run is damaged in each way, and then read by the commands that read it."""
     whole = world.folder / "runs" / "whole"
-    here = world.folder / "runs" / "damaged"
+    here = world.folder / "runs" / "hurt"  # no word that a sentence has of its own
     commands = {
         "labels": (("sae.pth", "features.npz", "params.json", "labels.csv"), lambda: experiment.main(["labels", str(here)])),
         "export": (("sae.pth", "metrics.json", "params.json"), lambda: experiment.main(["export", str(here), "safetensors"])),
         "patch": (("sae.pth", "features.npz", "metrics.json", "params.json"), lambda: execute("patch_neurons", world.patching(here))),
         "train again": (("params.json", ".done", "sae.pth"), lambda: experiment.main(["sae_training", *flags_of(world.training(here))])),
-        "runs": (("sae.pth", "metrics.json", "params.json", "history.csv"), lambda: print(__import__("listing").table_of_runs(here.parent, "damaged"))),
+        "runs": (("sae.pth", "metrics.json", "params.json", "history.csv"), lambda: print(__import__("listing").table_of_runs(here.parent, "hurt"))),
     }
     makes = {  # what a command makes of a run
-        "labels": lambda child: (here / "features.html").read_bytes(), "patch": lambda child: patched(here / "patches" / "p"), "runs": lambda child: child.said(), "train again": lambda child: "",
+        "labels": lambda child: (here / "features.html").read_bytes(), "patch": lambda child: patched(here / "patches" / "p"), "runs": lambda child: child.said(), "train again": lambda child: [(here / name).read_bytes() for name in ("history.csv", "metrics.json")],
         "export": lambda child: {file.name: file.read_bytes() for file in (here / "export" / "safetensors").iterdir()},
     }  # fmt: skip
 
@@ -387,7 +387,7 @@ def damage(world: World, short: bool) -> None:
                 child = tried(work, **{name: damaged})
                 told = child.sentence() or (child.said() if command == "runs" else "")
                 free = name in ("labels.csv", "history.csv", ".done")  # which people edit, which nothing goes on from, or which is only there
-                survived = child.code == 0 and (free or makes[command](child) == right) or name in told or bool(child.sentence()) and here.name in told
+                survived = child.code == 0 and (free or makes[command](child) == right) or name in told
                 world.note(f"{kind}: {name}, then {command}", survived, f"{child.code}, other results without a word" if child.code == 0 else f"{child.code}: {child.said()[-400:]}")
     # A run that was stopped: what it goes on from is damaged.
     SKIPPED[:] = ["report", "TensorBoard"]

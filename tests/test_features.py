@@ -605,6 +605,9 @@ def test_latents_that_fire_together_by_brute_force(rows, sparse_sae, chunk):
     assert torch.equal(there, best.values > 0) and (got["together"][5] == -1).all() and there.any()
     latent, column = there.nonzero(as_tuple=True)
     torch.testing.assert_close(phi[latent, got["together"][latent, column]], got["together_phi"][latent, column].double(), rtol=0, atol=1e-6)
+    often = int(both[latent[0], got["together"][latent[0], column[0]]]) + 1  # more than the first pair has
+    fewer = features.firing_together(sparse_sae, rows.activations, index, least=often)
+    torch.testing.assert_close(fewer["together_phi"].double(), phi.masked_fill(both < often, 0).topk(5, dim=1).values, rtol=0, atol=1e-6)
     few = features.firing_together(sparse_sae, rows.activations, index, most=100)
     assert torch.isfinite(few["together_phi"]).all() and (few["together"] >= -1).all()
 
@@ -631,7 +634,7 @@ def test_what_a_runs_folder_says(tmp_path):
     assert features.about_run(tmp_path, as_text)["run"].endswith(tmp_path.name) and len(features.about_run(tmp_path, as_text)) == 1
     assert features.about_run(u.ROOT / "runs" / "demo one", as_text)["run"] == "demo one"
     effect = {"places": 16, "kl": 0.5, "falls": [[3, -0.25]], "rises": []}
-    storing.write_json(tmp_path / "metrics.json", {"fvu": 0.01234, "l0": 7.0, "rows": 1234, "ce_recovered": None, "fidelity": {"sae": {"ce_increase": [0.1, -0.02, 0.3]}}, "effects": {"7": effect}})
+    storing.write_json(tmp_path / "metrics.json", {"fvu": 0.01234, "l0": 7.0, "rows": 1234, "ce_recovered": None, "fidelity": {"sae": {"ce_increase": [0.1, -0.02, 0.3]}}, "effects": {"7": effect, "8": effect | {"kl": None}}})
     lines = ["variable,value,hidden,latent,threshold,f1_trained,f1_pca", "colour,red,True,7,0.25,0.5,0.9", "colour,blue,False,7,0.5,0.75,0.9", "food,any,True,2,0.1,0.4,0.1"]
     (tmp_path / "known.csv").write_text("\n".join(lines) + "\n")
     about = features.about_run(tmp_path, as_text)

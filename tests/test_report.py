@@ -251,6 +251,19 @@ def test_the_most_selective_latents_are_those_of_the_page(kept):
     picked = report.most_selective(kept | {"tokens": tokens, "fired_tokens": first, "density": density, "text": text}, n=2)
     assert picked == [7, 3] and features.selectivity(tokens, text)[0][[3, 5, 7]] == pytest.approx(np.log(1 / 12) / np.log(0.001), abs=0.02)
     assert report.most_selective(kept | {"tokens": tokens, "fired_tokens": first, "density": density, "text": text}, n=2, without=[7]) == [3, 5]
+    tokens[[3, 5, 7], :, 8] = np.arange(20) % 7  # now the dead one alone is selective
+    assert 8 not in report.most_selective(kept | {"tokens": tokens, "fired_tokens": first, "density": density, "text": text}, n=16)
+
+
+def test_active_tokens_are_shaded_and_say_their_value_but_for_the_one_in_the_middle(tmp_path, written):
+    with report.open_report(tmp_path / "a.pdf", "x") as pages:
+        pages.page()
+        pages.tokens([" silent", " middle", " active", "a"], [0.0, 2.0, 0.5, 0.25], 2.0, 1)
+        shaded = [artist.get_alpha() for artist in pages.fig.artists if artist.get_fill()]
+        frames = [artist.get_linewidth() for artist in pages.fig.artists if not artist.get_fill()]
+    texts = [text for _, text in written]
+    assert shaded == [1.0, 0.25, 0.125] and frames == [0.3, 0.7, 0.3, 0.3]
+    assert texts[0] == "2.00" and texts.count(".50") == 1 and "2.00" not in texts[1:] and ".00" not in texts and ".25" not in texts  # no room for that
 
 
 def test_what_our_font_lacks_is_drawn_in_an_installed_one_or_named(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_names_of_sweeps_and_of_runs_that_are_taken(folder):
         sweep.plan("k=2,4", str(folder / "runs" / "try"), as_flags(given(folder)))
     for foreign in ("", "{", "[1]", '{"accuracy": 1}', '{"parameters": 3}'):
         (taken / "params.json").write_text(foreign)
-        with pytest.raises(u.UserError, match="params.json is cut off, or not of this project"):
+        with pytest.raises(u.UserError, match="params.json (is cut off, or not of|holds no parameters of) this project.*: look at it, or take another name"):
             sweep.plan("k=2,4", str(folder / "runs" / "try"), as_flags(given(folder)))
 
 
