@@ -425,12 +425,14 @@ class Progress:
 def open_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
     """TensorBoard's writer, for which a disk that is full, or may not be written to, is one sentence as it is elsewhere.
 
-    It writes in a thread of its own, keeps that thread's error for the next call, and lets it be printed too: of a failed
-    write that is said once, by the call.
+    It writes in a thread of its own, which keeps its error for the next call and lets it be printed too: of a failed write
+    that is said once, by the call.
     """
-    with sae_utils.writing(folder):
-        writer = SummaryWriter(str(folder), purge_step=purge_step)
-    events, before = writer.file_writer.event_writer, threading.excepthook
+    before = threading.excepthook
+
+    def once(error):
+        if not (isinstance(error.thread, _AsyncWriterThread) and isinstance(error.exc_value, OSError)):
+            before(error)
 
     def told(call):
         def within(*args):
@@ -439,13 +441,11 @@ def open_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
 
         return within
 
-    def once(error):
-        if not (isinstance(error.thread, _AsyncWriterThread) and isinstance(error.exc_value, OSError)):
-            before(error)
-
+    threading.excepthook = once  # first: it writes as it is opened
+    writer = told(lambda: SummaryWriter(str(folder), purge_step=purge_step))()
+    events = writer.file_writer.event_writer
     for name in ("add_event", "flush", "close"):
         setattr(events, name, told(getattr(events, name)))
-    threading.excepthook = once
     return writer
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from quality import ON_ROWS, known_directions, recovery, train
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
 import sae_utils as u
@@ -620,9 +621,14 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypat
     other.start()
     other.join()
     assert len(printed) == 1
-    monkeypatch.setattr(training, "SummaryWriter", full)
+    monkeypatch.setattr(event_file_writer.RecordWriter, "write", full)  # from the first byte on
+    del printed[:]
     with pytest.raises(u.UserError, match="No space left"):
-        training.open_writer(tmp_path)
+        for step in range(1000):
+            training.open_writer(tmp_path).add_scalar("a", 1.0, step)
+    for thread in threading.enumerate():
+        thread.join(5) if isinstance(thread, event_file_writer._AsyncWriterThread) and thread is not events._async_writer._worker else None
+    assert printed == []
 
 
 def test_a_checkpoint_of_something_else_is_kept_whatever_its_folder_is_called(tmp_path):
