@@ -777,7 +777,7 @@ class SAE(nn.Module):
         UserError where the file is damaged, holds anything but plain types and tensors (code in it is never run), is of
         another format, or where a part is missing, is not finite, or is of the wrong shape or type."""
         file, here = find(path), Path.cwd() / Path(path).expanduser()
-        path, again = show_path(file), "train it again, or copy the file again"
+        path, again = show_path(file), "copy the file again, or `make remove` its run and train it again"
         try:
             saved = read_torch(file)
         except OSError:
