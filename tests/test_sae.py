@@ -120,7 +120,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_sentence(sae, tmp_path, fr
     cut = int(torch.randint(1, len(whole) - 1, ()))
     for damaged in (whole[:cut], b"", b"not a file of torch"):
         path.write_bytes(damaged)
-        with pytest.raises(u.UserError, match="sae.pth is damaged, .*: train it again"):
+        with pytest.raises(u.UserError, match="sae.pth is damaged, .*: copy the file again, or `make remove` its run and train it again"):
             u.SAE.load(path)
     torch.save({"format_version": 2, "trap": Trap(tmp_path / "sprung")}, path)
     with pytest.raises(u.UserError, match="holds objects or code beside tensors, which are never run"):
