@@ -15,10 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch import Tensor
 from torch.optim.adam import adam as functional_adam
-from torch.utils.tensorboard import SummaryWriter
 
 import sae_utils
 import showing
@@ -422,12 +420,15 @@ class Progress:
         self.line.say(f"step {step:,} of {self.total:,} ({step / self.total:.0%}), {done / rows:.0%} of the epoch: fvu {found['mse'] / self.variance:.4f}, l0 {found['l0']:.1f}; {(done - self.first_row) / took:,.0f} rows/s, {left} left")
 
 
-def open_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+def open_writer(folder: Path, purge_step: int | None = None):
     """TensorBoard's writer, for which a disk that is full, or may not be written to, is one sentence as it is elsewhere.
 
     It writes in a thread of its own, which keeps its error for the next call and lets it be printed too: of a failed write
     that is said once, by the call.
     """
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread  # here: a step is also measured where there is no TensorBoard
+    from torch.utils.tensorboard import SummaryWriter
+
     before = threading.excepthook
 
     def once(error):

@@ -6,13 +6,16 @@
     python tests/quality.py known                                      recipes, on directions that are known
     python tests/quality.py rows STORE [--steps 2195] [--only batchtopk]   recipes of params/, on stored rows (runs/activations/<key>)
     python tests/quality.py front STORE --lm MODEL [--steps 880]           fronts of four architectures, two seeds, and what the model loses by each
+    python tests/quality.py saelens STORE --lr 5e-4,1e-3,2e-3 [--steps 2195] [--short 600,840]   batchtopk k 32 in SAELens beside ours, in turns
 
 Tables go to the terminal, rows to runs/quality-<what>.json.
 """
 
 import argparse
 import itertools
+import math
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from bench import table
@@ -37,6 +39,13 @@ import training
 def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, **recipe) -> sae_utils.SAE:
     """`steps` steps of batch 512 over shuffled epochs of rows[index], as the notebook's loop does, with its names and defaults
     but for `l1_weight` (l1_coeff * d_in) and `normalize`."""
+    for sae in in_turns(rows, index, expansion, steps, steps, **recipe):
+        pass
+    return sae
+
+
+def in_turns(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, every: int, **recipe):
+    """`train`, which pauses after each `every` steps and yields the SAE; it is finished where nothing more comes."""
     recipe = {"architecture": "relu", "k": 0, "lr": 3e-3, "l1_weight": 0.147, "auxk_weight": 0.0, "normalize": "scale", "apply_b_dec_to_input": False, "seed": 0} | recipe
     schedule = [recipe.get(name, default) for name, default in (("warmup_steps", 500), ("lr_min_ratio", 0.5), ("lr_decay_fraction", 0.8))]
     mean, norms = sae_utils.activation_stats(rows, index)
@@ -52,13 +61,15 @@ def train(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int, *
     batches = itertools.chain.from_iterable(
         training.shuffled_batches(rows, index[training.epoch_order(len(index), recipe["seed"], e)], 512) for e in epoch
     )
-    for step, batch in enumerate(itertools.islice(batches, steps)):
-        trainer.step(trainer.normalise(batch), sae_utils.learning_rate(step, steps, recipe["lr"], *schedule))
-        if step % 100 == 99:
+    for step, batch in enumerate(itertools.islice(batches, steps), 1):
+        trainer.step(trainer.normalise(batch), sae_utils.learning_rate(step - 1, steps, recipe["lr"], *schedule))
+        if step % 100 == 0:
             trainer.read(reset=True)
-    trainer.read()
-    training.settle(sae, rows, index)
-    return sae
+        if step == steps:
+            trainer.read()
+            training.settle(sae, rows, index)
+        if step % every == 0 or step == steps:
+            yield sae
 
 
 FALLING = {"warmup_steps": 50, "lr_min_ratio": 0.0, "lr_decay_fraction": 1.0, "dead_after": 20_000}  # as in params/
@@ -100,6 +111,75 @@ def on_rows(options, recipes: dict) -> list[dict]:
     return results
 
 
+def saelens_in_turns(rows: torch.Tensor, index: torch.Tensor, mean: torch.Tensor, scale: float, steps: int, every: int, lr: float):
+    """SAELens's BatchTopK, k 32, its own training loop fed (rows - mean) / scale, in turns: yields its trainer after each. Warm-up
+    over a quarter of the steps and at most 500, the rate falling over the last fifth to a tenth, the rest as its defaults have it."""
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(0)
+    d_in = rows.shape[1]
+    sae = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=32, d_in=d_in, d_sae=8 * d_in, apply_b_dec_to_input=True))
+    batches = itertools.chain.from_iterable(
+        training.shuffled_batches(rows, index[training.epoch_order(len(index), 0, e)], 512) for e in itertools.count(1)
+    )
+    config = SAETrainerConfig(total_training_samples=512 * steps, train_batch_size_samples=512, lr=lr, lr_end=lr / 10, lr_warm_up_steps=min(500, steps // 4), lr_decay_steps=steps // 5)
+    trainer = SAETrainer(config, sae, ((batch.float() - mean) / scale for batch in batches))
+    for done in [*range(every, steps, every), steps]:
+        config.total_training_samples = 512 * done  # fit() goes on to here
+        trainer.fit()
+        yield trainer
+
+
+def saelens_scores(trainer, rows: torch.Tensor, other: torch.Tensor, mean: torch.Tensor, scale: float) -> dict:
+    """fvu, l0 and dead on the rows `other` of what SAELens saves for use, read by SAELens."""
+    import sae_lens
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.sae.save_inference_model(folder)
+        sae = sae_lens.SAE.load_from_disk(folder)
+    fired = torch.zeros(sae.cfg.d_sae)
+
+    @torch.no_grad()
+    def through(x):
+        acts = sae.encode((x - mean) / scale)
+        fired.add_((acts > 0).sum(0))
+        return sae.decode(acts) * scale + mean, (acts > 0).sum(1)
+
+    sums = dict(zip(fidelity.ROW_SUMS, fidelity.row_sums(through, rows, other, torch.zeros(len(rows), dtype=torch.long), mean=mean).sum(0).tolist(), strict=True))
+    return {"fvu": sums["error"] / sums["distance"], "l0": fired.sum().item() / len(other), "dead": (fired == 0).double().mean().item()}
+
+
+def beside_saelens(options) -> list[dict]:
+    """SAELens at each of the rates, ours at as many steps and at the `short` ones, a quarter of an epoch each in turn, so that all
+    are trained on the same machine under the same load: seconds, and what each reaches on held-out rows."""
+    rows = harvest.open_rows(Path(options.text).resolve())
+    index, other = (mask[rows.window].nonzero().flatten() for mask in harvest.split_windows(rows.window_document, 0.1))
+    mean, norms = sae_utils.activation_stats(rows.activations, index)
+    scale = norms[index].double().mean().item() / math.sqrt(rows.activations.shape[1])  # as SAELens scales, to the root of the width
+    every, recipe = len(index) // 512 // 4, ON_ROWS["batchtopk k 32"]
+    ways = {f"SAELens, lr {lr}": saelens_in_turns(rows.activations, index, mean, scale, options.steps, every, float(lr)) for lr in options.lr.split(",")}
+    lengths = [options.steps, *(int(steps) for steps in options.short.split(",") if steps)]
+    ways |= {f"ours, {steps} steps": in_turns(rows.activations, index, 8, steps, every, **recipe) for steps in lengths}
+    seconds, trained = dict.fromkeys(ways, 0.0), {}
+    while ways:
+        for name, way in list(ways.items()):
+            begin = time.perf_counter()
+            now = next(way, None)
+            if now is None:
+                del ways[name]
+            else:
+                seconds[name] += time.perf_counter() - begin
+                trained[name] = now
+    results = []
+    for name, of in trained.items():
+        scores = sae_utils.score_rows(of, rows.activations, other) if name.startswith("ours") else saelens_scores(of, rows.activations, other, mean, scale)
+        results.append({"recipe": name, **{figure: scores[figure] for figure in ("fvu", "l0", "dead")}, "seconds": seconds[name]})
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
+    return results
+
+
 # Four sparsities of four architectures, at 2,560 latents; the rates by the rule in tests/README.md, jumprelu's and relu's as they did best there.
 FRONT = {f"relu, L1 weight {w}": FALLING | {"l1_weight": w} for w in (0.08, 0.11, 0.15, 0.21)}
 for k in (8, 16, 32, 64):
@@ -136,6 +216,8 @@ def front(options, recipes: dict) -> list[dict]:
 
 def picture(path: Path, results: list[dict]) -> None:
     """L0 against fvu and against the rise of cross-entropy: a line for each architecture, through the means of its settings, bars from seed to seed."""
+    import matplotlib.pyplot as plt  # not in the environment that `saelens` runs in
+
     fig, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     of = {}
     for result in results:
@@ -252,12 +334,14 @@ def on_world(options, recipes: dict) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a model's folder or id, `known`, `world` or `rows`")
+    parser.add_argument("model", help="a model's folder or id, `known`, `world`, `rows`, `front` or `saelens`")
     parser.add_argument("text", nargs="?", help="a text, or the folder of a store")
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--lm", default="", help="the model of the store, for `front`")
     parser.add_argument("--windows", type=int, default=24, help="held-out windows for the cross-entropies of `front`")
+    parser.add_argument("--lr", default="5e-4,1e-3,2e-3", help="rates of SAELens, for `saelens`")
+    parser.add_argument("--short", default="", help="other numbers of steps of ours, for `saelens`")
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--only", default="", help="recipes whose names hold one of these, parted by commas")
     options = parser.parse_args()
@@ -271,6 +355,8 @@ def main() -> None:
         results = on_rows(options, wanted(ON_ROWS))
     elif options.model == "front":
         results = front(options, wanted(FRONT))
+    elif options.model == "saelens":
+        results = beside_saelens(options)
     elif options.model == "world":
         recipes = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.147, 0.35)}
         recipes |= {f"{a} k {k}": {"architecture": a, "k": k, "auxk_weight": 0.03} for a, k in (("batchtopk", 4), ("batchtopk", 7), ("matryoshka", 7))}
@@ -279,10 +365,10 @@ def main() -> None:
     else:
         results = on_text(options, wanted(GRID if options.grid else RECIPES))
     table(options.model, results)
-    what = Path(options.text if options.model in ("rows", "front") else options.model).name
+    what = Path(options.text if options.model in ("rows", "front", "saelens") else options.model).name
     if options.model == "front":
         picture(ROOT / "runs" / f"quality-{what}-front.png", results)
-    storing.write_json(ROOT / "runs" / f"quality-{what}{'-grid' * options.grid}{'-front' * (options.model == 'front')}.json", results)
+    storing.write_json(ROOT / "runs" / f"quality-{what}{'-grid' * options.grid}{f'-{options.model}' * (options.model in ('front', 'saelens'))}.json", results)
 
 
 if __name__ == "__main__":
