@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ import storing
 import typed
 
 
-FREE = {"device", "checkpoint_minutes"}  # parameters that do not change what an experiment is
+FREE = {"device", "checkpoint_minutes", "eval_dataset"}  # parameters that do not change what an experiment is
 KEPT = ("activations", "tiny-model", "tiny-world", "compare")  # folders under runs/ that are no runs
 OURS = r"\..*|sae_training\..*|events\.out\..*"  # what may lie in a run's folder before its params.json does
 # What a finished run or experiment is made of, as far as it made it; beside it, the executed notebook.
@@ -217,7 +218,7 @@ def place_for(path: str | Path, kept: tuple = ()) -> Path:
 def run_folder(params: dict) -> tuple[Path, bool]:
     """The folder of a training run and whether that run is finished.
 
-    Raises UserError where the folder holds a run made with other parameters.
+    Raises UserError where the folder holds a run made with other parameters, and where there is no finished run for eval_dataset.
     """
     suffix = differing(params, "sae_training", {"model_name", "layer", "run_dir", "trained_sae", *FREE})
     name = safe_name(Path(params["model_name"]).name, f"L{params['layer']}", Path(params["trained_sae"]).name, suffix)
@@ -226,7 +227,12 @@ def run_folder(params: dict) -> tuple[Path, bool]:
     if strange:
         raise sae_utils.UserError(f"{sae_utils.show_path(run_dir)} holds {min(strange)} and no run: choose another run name.")
     refuse_other_params(run_dir / "params.json", params, "sae_training")
-    return run_dir, is_finished(run_dir)
+    finished = is_finished(run_dir)
+    if params["eval_dataset"] and params["trained_sae"]:
+        raise sae_utils.UserError("with trained_sae, dataset_name is the text to judge on: leave eval_dataset out.")
+    if params["eval_dataset"] and not finished:
+        raise sae_utils.UserError(f"eval_dataset is text to judge a finished run on, and {sae_utils.show_path(run_dir)} is none: train it without eval_dataset, then open it again with it.")
+    return run_dir, finished
 
 
 def cache_folder(run_dir: Path) -> Path:
@@ -515,6 +521,8 @@ def launch(name: str, flags: list[str]) -> Path:
         except OSError as error:  # a write that fails does not say where
             error.filename = error.filename or str(folder)
             raise
+    if params.get("eval_dataset"):
+        raise sae_utils.UserError(f"{sae_utils.show_path(folder)} is finished, and eval_dataset is for opening it again in Jupyter: `make features SAE={sae_utils.show_path(folder)} DATASET={shlex.quote(params['eval_dataset'])}` judges it on that text.")
     print(f"{sae_utils.show_path(folder)} is finished: nothing to do.")
     return folder
 

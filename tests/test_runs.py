@@ -10,6 +10,7 @@ import sys
 import time
 
 import nbformat
+import papermill
 import psutil
 import pytest
 import torch
@@ -107,6 +108,28 @@ def test_an_sae_that_is_trained_already_is_looked_at_and_left_as_it_is(folder, c
     assert experiment.main(["export", str(own), "safetensors"]) == 0
     assert experiment.main(["features", str(exported), *flags, "-p", "layer", "2", "-p", "run_dir", f"{folder}/runs/wrong"]) == 2
     assert "is not in layer 2: set layer to its own" in capfd.readouterr().err and not (folder / "runs" / "wrong").exists()
+
+
+def test_a_finished_run_is_judged_on_other_text_and_left_as_it_is(folder, capfd):
+    other = folder / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": " ".join(reversed(json.loads(line)["text"].split()))}) + "\n" for line in (folder / "text.jsonl").open()))
+    flags = f"-p model_name {folder}/model -p layer 1 -p n_activations 1500 -p seq_len 16 -p normalize scale".split()
+    of_run = [*flags, "-p", "run_dir", f"{folder}/runs/own", "-p", "dataset_name", f"{folder}/text.jsonl", "-p", "architecture", "topk", "-p", "k", "6", "-p", "epochs", "3"]
+    assert experiment.main(["sae_training", *of_run, "-p", "eval_dataset", str(other)]) == 2
+    assert "runs/own is none: train it without eval_dataset" in capfd.readouterr().err and not (folder / "runs").exists()
+    own = experiment.launch("sae_training", of_run)
+    assert experiment.main(["features", str(own), *flags, "-p", "dataset_name", str(other), "-p", "run_dir", f"{folder}/runs/there"]) == 0
+    before = {path: path.read_bytes() for path in own.iterdir()}
+    assert experiment.main(["sae_training", *of_run, "-p", "eval_dataset", str(other)]) == 2
+    assert f"make features SAE={u.show_path(own)} DATASET={other}" in capfd.readouterr().err
+    assert experiment.main(["sae_training", *flags, "-p", "trained_sae", str(own), "-p", "eval_dataset", str(other)]) == 2
+    assert "dataset_name is the text to judge on" in capfd.readouterr().err
+    params = read(own / "params.json")["parameters"] | {"eval_dataset": str(other)}
+    papermill.execute_notebook(str(ROOT / "notebooks" / "sae_training.ipynb"), str(folder / "again.ipynb"), params, kernel_name="python3", cwd=str(ROOT / "notebooks"), progress_bar=False)
+    said = "".join(out.get("text", "") for cell in nbformat.read(folder / "again.ipynb", 4).cells for out in cell.get("outputs", []))
+    expected, own_figures = read(folder / "runs" / "there" / "metrics.json"), read(own / "metrics.json")
+    assert f"fvu: held out {expected['fvu']:.4f}" in said and f"{expected['fvu']:.4f}" != f"{own_figures['fvu']:.4f}" and f", on {other}, and nothing in that folder is touched" in said
+    assert {path: path.read_bytes() for path in own.iterdir()} == before
 
 
 def launch_and_kill(flags, checkpoint, wait):
