@@ -397,7 +397,8 @@ def share_in_topic(sae: sae_utils.SAE, rows, index: Tensor, tokens: list[int], l
 
 
 def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index: Tensor, next_token: Tensor, tokens: list[int], like: list[int], prompts: list[list[int]], written: list[list[int]], scope, most: int = 3, lowers: bool = False) -> dict[int, str]:
-    """{latent: why} that may bring a topic of which `tokens` are the words, `most` of each kind: "text", the largest
+    """{latent: why} that may bring a topic of which `tokens` are the words, `most` of two kinds and four times as many of the
+    third, where those that do most stand anywhere among the first dozen: "text", the largest
     shares of their activation lie in text about it (`share_in_topic`, rows `index`); "words", they fire best on its words
     or before them (`announce_f1`); "gradient", they would raise the log-odds of its words most, beyond those of `like`,
     words as frequent, in what the model has `written` after `prompts` (`slopes`). `next_token` (N,) as `followers` gives it."""
@@ -410,7 +411,8 @@ def topic_pool(model, tokenizer, hook_name: str, sae: sae_utils.SAE, rows, index
     }  # fmt: skip
     live, found = (sae.density > 0).cpu(), {}
     for why, scores in ranked.items():
-        for latent in torch.where(live, scores, -math.inf).topk(most).indices.tolist():
+        taken = min(4 * most if why == "gradient" else most, int(live.sum()))
+        for latent in torch.where(live, scores, -math.inf).topk(taken).indices.tolist():
             found.setdefault(latent, why)
     return found
 
