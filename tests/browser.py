@@ -28,6 +28,15 @@ addEventListener("error", e => seen.errors.push(String(e.message)));
 addEventListener("unhandledrejection", e => seen.errors.push(String(e.reason)));
 new MutationObserver(() => { const ready = document.body?.dataset.ready; if (ready) seen[ready + "_ms"] ??= performance.now(); })
   .observe(document, { attributes: true, subtree: true, childList: true });
+window.sorted_by = by => {  // whether the list is in the order of this column, its head says so and those without a value come last; and which way
+  const all = what => [...document.querySelectorAll(what)], rows = () => all("#rows tr[data-latent]");
+  const at = all("#heads th").findIndex(e => e.querySelector("button")?.dataset.by === by), head = all("#heads th")[at];
+  const shown = rows().map(row => row.children[at]), cells = shown.filter(cell => !cell.querySelector(".quiet") && cell.textContent).map(cell => cell.textContent.toLowerCase());
+  const gaps = shown.map(cell => !cell.textContent || Boolean(cell.querySelector(".quiet"))), late = gaps.indexOf(true) < 0 || !gaps.slice(gaps.indexOf(true)).includes(false);
+  const value = text => (by === "label" ? text : parseFloat(text)), up = head.ariaSort === "ascending";
+  const sorted = cells.every((text, i) => !i || (up ? value(cells[i - 1]) <= value(text) : value(cells[i - 1]) >= value(text)));
+  return [head.textContent.includes(up ? "▲" : "▼") && all("#heads th[aria-sort]").length === 1 && sorted && late, up];
+};
 """
 
 DRIVER = """
@@ -84,15 +93,10 @@ DRIVER = """
     seen.none = listed().filter(l => l !== opened()).length;
     look_for("");
 
-    seen.sorts = {};
+    seen.sorts = {}; seen.choice = one("#sort").checkVisibility();
     for (const by of all("#heads button").map(e => e.dataset.by)) for (const way of ["first", "second"]) {
       one(`#heads button[data-by="${by}"]`).click(); one("#list").scrollTop = 0; draw_all();
-      const at = all("#heads th").findIndex(e => e.querySelector("button")?.dataset.by === by), head = all("#heads th")[at];
-      const shown = rows().map(row => row.children[at]), cells = shown.filter(cell => !cell.querySelector(".quiet") && cell.textContent).map(cell => cell.textContent.toLowerCase());
-      const gaps = shown.map(cell => !cell.textContent || Boolean(cell.querySelector(".quiet"))), late = gaps.indexOf(true) < 0 || !gaps.slice(gaps.indexOf(true)).includes(false);
-      const value = text => (by === "label" ? text : parseFloat(text)), up = head.ariaSort === "ascending";
-      const sorted = cells.every((text, i) => !i || (up ? value(cells[i - 1]) <= value(text) : value(cells[i - 1]) >= value(text)));
-      (seen.sorts[by] ||= []).push([head.textContent.includes(up ? "▲" : "▼") && all("#heads th[aria-sort]").length === 1 && sorted && late, up]);
+      (seen.sorts[by] ||= []).push(sorted_by(by));
     }
     one('#heads button[data-by="alike"]').click();
     if (one('#heads th[aria-sort]').ariaSort === "ascending") one('#heads button[data-by="alike"]').click();
@@ -132,6 +136,20 @@ DRIVER = """
     field.blur();
   } catch (error) { seen.errors.push(String(error.stack || error)); }
   return seen;
+})()
+"""
+
+# On a phone few columns have a place: a list of choices names them all, and the one that is chosen is shown.
+CHOSEN = """
+(() => {
+  const one = what => document.querySelector(what), sort = one("#sort"), names = [...sort.options].map(e => e.value), sorts = {}, wide = [];
+  for (const by of names) {
+    if (sort.value !== by) { sort.value = by; sort.onchange(); }
+    one("#list").scrollTop = 0; one("#list").onscroll();
+    sorts[by] = sorted_by(by); wide.push(document.documentElement.scrollWidth - innerWidth);
+  }
+  sort.value = "alike"; sort.onchange();
+  return { shown: sort.checkVisibility(), names, sorts, wide: Math.max(...wide), heads: document.querySelectorAll("#heads button").length };
 })()
 """
 
@@ -266,8 +284,18 @@ def look(page: Path, word: str = "", screens: bool = True) -> dict:
         for name, size in SCREENS.items() if screens else ():
             for dark in (False, True):
                 tab.screen(*size, dark)
+                if name == "phone" and not dark:
+                    tab.run("new Promise(done => setTimeout(done, 100))")  # until the new size is known
+                    seen["chosen"] = tab.run(CHOSEN)
                 seen["screens"][f"{name}, {'dark' if dark else 'light'}"] = tab.run(CONTRAST)
         return seen
+
+
+def chosen_right(seen: dict) -> bool:
+    """Whether on a phone the list of choices named all columns that sort, and each did, the ones with no place there too."""
+    chosen = seen.get("chosen", {})
+    all_sort = all(ok and up == (by in ("latent", "label")) for by, (ok, up) in chosen.get("sorts", {}).items() if by != "alike")
+    return chosen.get("shown") and set(chosen["names"]) == set(seen["sorts"]) | {"label"} and all_sort and chosen["wide"] <= 0 and chosen["heads"] < len(chosen["names"])
 
 
 def mistakes(seen: dict) -> list[str]:
@@ -288,10 +316,10 @@ def mistakes(seen: dict) -> list[str]:
             "promoted_in": str(seen.get("promoted_in")).split(":")[0] in ("has it as label, number or known variable", "fires most on it", "promotes it"),
             "copied": seen.get("contexts") and seen.get("copied", "").strip() == seen["contexts"][0].strip(), "none": seen.get("none") == 0,
             "sorts": seen.get("sorts") and all(ok for ways in seen["sorts"].values() for ok, _ in ways) and all({up for _, up in ways} == {True, False} for ways in seen["sorts"].values()),
-            "again": seen.get("again"), "rows_at_the_end": 0 < seen.get("rows_at_the_end", 0) < 80,
+            "choice": seen.get("choice") is False, "chosen": not seen["screens"] or chosen_right(seen), "again": seen.get("again"), "rows_at_the_end": 0 < seen.get("rows_at_the_end", 0) < 80,
             **{name: equal(name) for name in ("by_hash", "back", "forward", "unknown", "stepped_back")}, "followed": not seen.get("like") or equal("followed"),
             "stepped": stepped[0] != stepped[1] == stepped[2] == stepped[3], "save_hidden": seen.get("save_hidden"), "typing_stays": seen.get("typing_stays"),
-            "named": all("<img src=x" in text for text in seen.get("named", [""])), "name_found": seen.get("name_found") == [latent], "download": seen.get("download") == "labels.csv",
+            "named": all("<img src=x" in text for text in seen.get("named", [""])), "name_found": seen.get("name_found", [])[:1] == [latent], "download": seen.get("download") == "labels.csv",
             "csv": f'\n{latent},"says ""next"", <img' in seen.get("csv", "") and all(f"\n{number}," in seen["csv"] for number in seen["labelled_before"]),
             "clipboard": seen.get("clipboard") and seen["clipboard"] == seen.get("texts"), "injected": seen.get("injected") == 0, "fetched": seen.get("fetched") == [],
             "screens": len(seen.get("screens", {})) == 4 and all(s["lowest"] >= 4.5 and s["wide"] <= 0 and s["out"] == 0 and s["dark"] == ("dark" in n) for n, s in seen["screens"].items()),
