@@ -776,13 +776,13 @@ def readable(record: logging.LogRecord) -> bool:
     return bool(record.msg) and not record.msg.startswith(noise) and not re.fullmatch(shown, record.msg)
 
 
-def told(error: BaseException) -> tuple[str, int]:
-    """What is said of an error, and what the program ends with: 2 for a mistake the user can mend, one sentence; 1 for what
+def told(error: BaseException, job: str = "sae_training") -> tuple[str, int]:
+    """What is said of an error of a job, and what the program ends with: 2 for a mistake the user can mend, one sentence; 1 for what
     the machine did, one sentence too; 130 interrupted; "" for whatever is to be shown whole."""
     import nbclient
     import papermill
 
-    again = "the same command goes on from the last checkpoint; what was harvested is kept."
+    again = GOES_ON.get(job, "give the same command again.")
     said, number = str(error), error.errno if isinstance(error, OSError) else None
     if isinstance(error, papermill.PapermillExecutionError):
         said, found = error.evalue, re.match(r"\[Errno (\d+)\]", error.evalue)
@@ -798,6 +798,8 @@ def told(error: BaseException) -> tuple[str, int]:
     return "", 1
 
 
+TRAINS = "the same command goes on from the last checkpoint; what was harvested is kept."
+GOES_ON = {"sae_training": TRAINS, "features": TRAINS, "patch": TRAINS, "activations": "the same command goes on; what was harvested is kept."}
 MACHINE = {  # what to do about what a system says
     errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EFBIG: "take another disk", errno.EROFS: "write elsewhere, or make it writable",
     errno.EACCES: "write elsewhere, or ask for the right to", errno.EPERM: "write elsewhere, or ask for the right to", errno.EIO: "look at the disk",
@@ -829,7 +831,7 @@ def main(args: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
-        said, code = told(error)
+        said, code = told(error, (args or [""])[0])
         if not said and isinstance(error, papermill.PapermillExecutionError):
             said = "\n".join(error.traceback)
         if not said:

@@ -286,8 +286,8 @@ def small(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("how", "code", "said"), [
-    ("import os; os.kill(os.getpid(), 9)", 1, "the notebook's process was killed, most often for want of memory: the same command goes on"),
-    ("raise OSError(28, 'No space left on device', 'sae.pth')", 1, "No space left on device: 'sae.pth': make room; then the same command goes on"),
+    ("import os; os.kill(os.getpid(), 9)", 1, "the notebook's process was killed, most often for want of memory: give the same command again"),
+    ("raise OSError(28, 'No space left on device', 'sae.pth')", 1, "No space left on device: 'sae.pth': make room; then give the same command again"),
     ("raise PermissionError(30, 'Read-only file system')", 1, "Read-only file system: write elsewhere, or make it writable; then"),
     ("raise OSError(2, 'No such file', 'ours')", 1, None),
     ("1 / 0", 1, None),
@@ -316,6 +316,14 @@ def test_a_disk_that_refuses_the_launcher(small, monkeypatch, capsys, where, num
     assert small("pass") == 1
     said = capsys.readouterr().err
     assert os.strerror(number) in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("job", ["sae_training", "patch_neurons", "activations", "export", "runs"])
+def test_what_comes_next_is_promised_where_it_is_so(job):
+    """Only training leaves checkpoints, and a harvest what was harvested."""
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")):
+        said = experiment.told(error, job)[0]
+        assert ("checkpoint" in said) == (job == "sae_training") and ("what was harvested is kept" in said) == (job in ("sae_training", "activations")), said
 
 
 def test_jobs_that_there_are_not(capsys):
