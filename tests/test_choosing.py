@@ -1,5 +1,6 @@
 """Words, places, latents and topics that an experiment is about: against values worked out by hand, by brute force, or by finite differences."""
 
+import contextlib
 import math
 from types import SimpleNamespace
 
@@ -459,6 +460,34 @@ def test_strengths_are_sought_by_halving(monkeypatch):
     assert [c["beyond"] for c in found[:3]] == [4.0, 4.0, 5.0] and all(c["cost"] > 0 for c in found[3:])  # those that raise it least
     worn = choosing.topic_search(None, None, "", None, [], None, [[1]], 8.0, [], None, lambda cost, repeats: ["worn"] * (repeats > 0.1))
     assert [c["strength"] for c in worn] == [4.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("lowers", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_comes_last(monkeypatch, sae, bad, lowers):
+    """Latent 1 of three breaks the model's numbers: in each of the three rankings it is no candidate to go on with."""
+    beyond = {0: 0.5, 1: bad, 2: 0.25}
+    monkeypatch.setattr(choosing, "topic_trials", lambda *args: [{"latents": g, "strength": s, "beyond": beyond[g[0]], "cost": 0.0, "repeats": 0.0} for g, s in args[6]])
+    trials = choosing.topic_search(None, None, "", None, [], None, [[1], [0], [2]], 8.0, [], None, lambda cost, repeats: [], lowers=lowers)
+    assert [c["latents"] for c in trials[-3:]] == [[1]] * 3 and trials[0]["latents"] == ([2] if lowers else [0])
+    monkeypatch.setattr(choosing, "topic_trials", lambda *args: [{"latents": g, "strength": s, "beyond": 1.0, "cost": bad if g == [1] else 0.0, "repeats": 0.0} for g, s in args[6]])
+    trials = choosing.topic_search(None, None, "", None, [], None, [[1], [0]], 8.0, [], None, lambda cost, repeats: ["dear"] * (cost > 1), lowers=lowers)
+    assert [c["latents"] for c in trials[-3:]] == [[1]] * 3
+
+    sae.density = torch.ones(48)
+    seen, f1 = fake_seen([6] * 4 + [8] * 4 + [4] * 3, [0.9] * 11, [[-1.0, -2.0, -3.0]] * 11), torch.zeros(3, 48)
+    f1[0, 0], f1[0, 1], f1[1, 4], f1[2, 5] = 0.9, 0.8, 0.5, 0.6
+    monkeypatch.setattr(choosing, "tried", lambda model, tokenizer, hook, sae, pairs, seen, places, word: {"change": 1.0, "beyond": beyond.get(pairs[0], 0.0), "first": len(places), "of": len(places)})
+    monkeypatch.setattr(choosing, "slopes", lambda *args: torch.zeros(48))
+    found = choosing.candidates(None, None, "", sae, seen, f1, lambda latents: latents, "last", target=4, lowers=lowers)
+    assert found[-1]["latents"] == [1] and len(found) > 1
+
+    odds = [torch.zeros(2), *(torch.tensor([b, 0.0]) for b in beyond.values())]
+    monkeypatch.setattr(choosing.editing, "logprobs_at", lambda *args: [torch.zeros(1, 3)])
+    monkeypatch.setattr(choosing, "odds_of_mean", lambda said, calls=iter(range(9)): odds[next(calls)])
+    monkeypatch.setattr(choosing.editing, "intervene", lambda *args: contextlib.nullcontext())
+    ranked = choosing.topic_candidates(None, None, "", sae, [[3]], [[5]], dict.fromkeys(beyond, "text"), [[0], [1]], lambda latents: [], lowers)
+    assert [c["latents"] for c in ranked] == ([[2], [0], [1]] if lowers else [[0], [2], [1]])
 
 
 def test_words_as_frequent_as_a_topics():
