@@ -232,13 +232,14 @@ test-interop: tiny-model ## files of sae-lens, dictionary-learning and eai-spars
 	RUN=$(if $(RUN),"$$RUN",interop) .venv-interop/bin/python -m pytest -q tests/interop.py
 
 .PHONY: bench bench-peers
-bench-peers: ## the same training step in SAELens and dictionary_learning, in an environment of its own [PART=peers-run MODEL= DATASET= LAYER=: harvest and cross-entropies]
+bench-peers: ## the same training step in SAELens and dictionary_learning, in an environment of its own [PART=peers-run MODEL= DATASET= LAYER=: harvest and cross-entropies; PART=peers-pages RUN=: SAEDashboard's pages]
 	@test -x .venv-peers/bin/python || { $(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install --quiet $$(grep '^torch==' requirements.txt); }
-	.venv-peers/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens dictionary-learning
+	.venv-peers/bin/pip install --quiet $$(grep '^torch==' requirements.txt) sae-lens dictionary-learning matplotlib
+	.venv-peers/bin/pip install --quiet --no-deps sae-dashboard dataclasses-json 'marshmallow<4' typing-inspect mypy-extensions eindex-callum  # what it pins would take others' versions back
 	.venv-peers/bin/pip uninstall --quiet --yes torchvision  # its build need not match torch's, and nothing here uses it
-	TQDM_DISABLE=1 .venv-peers/bin/python $(if $(filter peers-run,$(PART)),$(BENCH),tests/bench.py peers)
+	TQDM_DISABLE=1 .venv-peers/bin/python $(if $(filter peers-run peers-pages,$(PART)),$(BENCH),tests/bench.py peers)
 
-BENCH = tests/bench.py $(if $(PART),"$$PART") $(if $(MODEL),--model "$$MODEL") $(if $(DATASET),--text "$$DATASET") $(if $(LAYER),--layer "$$LAYER")
+BENCH = tests/bench.py $(if $(PART),"$$PART") $(if $(MODEL),--model "$$MODEL") $(if $(DATASET),--text "$$DATASET") $(if $(LAYER),--layer "$$LAYER") $(if $(RUN),--run "runs/$$RUN")
 bench: $(READY) ## ratios against other ways of doing the same, into runs/bench.json: [PART=harvest; PART=run MODEL= DATASET= LAYER= P=: a whole run, stage by stage]
 	$(PY) $(BENCH) $(if $(filter run,$(PART)),$(if $(P),$$P))
 

@@ -73,6 +73,16 @@ def read_prompts(texts: list[str], file: str) -> list[str]:
     return [check_text(text, f"prompt {number}") for number, text in enumerate(texts, 1)]
 
 
+def check_pilot(pilot_prompts: list, prompts: list[str], topic_words: list) -> None:
+    """UserError where prompts to choose a topic's edit on are no texts, serve no topic, or are among the `prompts` that try it."""
+    for number, text in enumerate(pilot_prompts, 1):
+        check_text(text, f"pilot prompt {number}")
+    if pilot_prompts and not topic_words:
+        raise UserError("pilot_prompts choose the edit for a topic: name topic_words, or leave them out.")
+    if both := {" ".join(text.split()) for text in pilot_prompts} & {" ".join(text.split()) for text in prompts}:
+        raise UserError(f"{min(both)!r} is among pilot_prompts and prompts: what chose the edit cannot try it.")
+
+
 def check_sampling(temperature: float) -> None:
     """UserError for a temperature at which logits divided by it are no numbers any more."""
     if 0 < temperature < 1e-3:

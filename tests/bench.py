@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -652,22 +653,89 @@ def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int
     return rows
 
 
+def bench_peers_pages(run: str, rounds: int, n_windows: int = 128, n_features: int = 64) -> list[dict]:
+    """Seconds from windows of text to a page of latents, the model's pass to the hook included: all latents of a finished run
+    (`normalize: scale`) on ours, `n_features` of them on SAEDashboard's, which goes over the text anew for each batch of its features."""
+    import sae_lens
+    from sae_dashboard.data_writing_fns import save_feature_centric_vis
+    from sae_dashboard.sae_vis_data import SaeVisConfig
+    from sae_dashboard.sae_vis_runner import SaeVisRunner
+
+    import experiment
+    import formats
+    import showing
+
+    folder = experiment.finished_run(run)
+    sae = sae_utils.SAE.load(folder / "sae.pth")
+    hook, layer = sae.config["hook_name"], sae.config["layer"]
+    model, tokenizer = sae_utils.load_model(sae.config["model_name"])
+    as_text, point = showing.TokenText(tokenizer), f"blocks.{layer}.hook_mlp_out"
+    rows = harvest.get_rows(model, tokenizer, hook, sae.config, experiment.cache_folder(folder))
+    length = statistics.mode(map(len, rows.windows))
+    full = [w for w, window in enumerate(rows.windows) if len(window) == length][:n_windows]
+    index, windows = torch.isin(rows.window, torch.tensor(full)).nonzero().flatten(), torch.tensor([rows.windows[w] for w in full])
+    live = (sae.density > 0).nonzero().flatten()
+    some = live[torch.linspace(0, len(live) - 1, n_features).long()].tolist()
+
+    class Model:
+        """What SAEDashboard asks of a TransformerLens model: here it is transformers' that runs, as far as the hook."""
+
+        W_U, hook_dict = model.get_output_embeddings().weight.T.float(), {point: SimpleNamespace(ctx={}, name=point)}
+
+        def run_with_hooks(self, tokens, stop_at_layer, fwd_hooks):
+            x = torch.cat([sae_utils.run_to_hook(model, hook, batch, None).float() for batch in tokens.split(16)])
+            for name, function in fwd_hooks:
+                function(x, self.hook_dict[name])
+
+    Model.tokenizer = tokenizer
+
+    with tempfile.TemporaryDirectory() as there:
+        formats.export(sae, Path(there) / "sae", "saelens", {"run": folder.name, "metrics": storing.read_json(folder / "metrics.json")})
+
+        def theirs():
+            lens = sae_lens.SAE.load_from_disk(Path(there) / "sae")
+            config = SaeVisConfig(hook_point=point, features=some, minibatch_size_features=n_features, minibatch_size_tokens=64)
+            save_feature_centric_vis(SaeVisRunner(config).run(encoder=lens, model=Model(), tokens=windows), Path(there) / "theirs.html")
+
+        def ours():
+            for batch in windows.split(16):
+                sae_utils.run_to_hook(model, hook, batch, None)
+            document = rows.window_document[rows.window]
+            found = features.contexts(sae, rows.activations, index, document, 0)
+            found |= features.shown_contexts(sae, rows, found)
+            strength = found["top_values"][:, 0]
+            found |= features.shares(found, rows, as_text, strength) | features.firing_together(sae, rows.activations, index)
+            nearest = features.similar_directions(sae.W_dec)
+            found |= {"nearest": nearest[0], "nearest_cosine": nearest[1]}
+            found |= features.token_effects(model, hook, sae, windows[:16].tolist(), sae_utils.special_ids(tokenizer))
+            features.write_page(Path(there) / "ours.html", "ours", found, (strength > 0).float(), strength, as_text, {})
+
+        seconds = interleaved({"ours": ours, "SAEDashboard": theirs}, rounds)
+        sizes = {name: (Path(there) / f"{name}.html").stat().st_size / 1e6 for name in ("ours", "theirs")}
+    case = f"{len(full)} windows of {length} tokens, {Path(sae.config['model_name']).name}, layer {layer}: ours all {sae.d_sae:,} latents ({sizes['ours']:.1f} MB), SAEDashboard {n_features} ({sizes['theirs']:.1f} MB)"
+    row = {"part": "peers-pages", "case": case, "ours": seconds["ours"], "other": seconds["SAEDashboard"]}
+    results = [row | {"ratio": seconds["SAEDashboard"] / n_features / (seconds["ours"] / sae.d_sae), "machine": machine()}]
+    table("seconds (ratio: of a latent's time)", results)
+    return results
+
+
 PARTS = {"harvest": bench_harvest, "memory": bench_memory, "features": bench_features, "training": bench_training, "patching": bench_patching, "peers": bench_peers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="What follows is for run: -p name value.")
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, "run", "peers-run", []], help="all but run and those with peers, where none is named")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "run", "peers-run", "peers-pages", []], help="all but run and those with peers, where none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run at all?")
     parser.add_argument("--model", default="runs/tiny-model", help="for run and peers-run")
     parser.add_argument("--text", default="runs/tiny-world/corpus.jsonl")
     parser.add_argument("--layer", type=int, default=1)
+    parser.add_argument("--run", default="runs/demo", help="a finished run, for peers-pages")
     options, more = parser.parse_known_args()
     file = ROOT / "runs" / "bench.json"
     known = json.loads(file.read_text()) if file.exists() else []
     about = options.model, options.text, options.layer
-    special = {"run": lambda: bench_run(*about, more), "peers-run": lambda: bench_peers_run(*about, options.rounds)}
+    special = {"run": lambda: bench_run(*about, more), "peers-run": lambda: bench_peers_run(*about, options.rounds), "peers-pages": lambda: bench_peers_pages(options.run, options.rounds)}
     for part in options.parts or [name for name in PARTS if name != "peers"]:
         rows = special[part]() if part in special else PARTS[part](options.rounds, options.quick)
         known = [row for row in known if row["part"] != part or row["machine"] != rows[0]["machine"]] + rows

@@ -163,6 +163,17 @@ def test_wrong_edits_are_told(tmp_path, sae, tokenizer, text, message):
         patching.read_edits(tmp_path / "none.yaml")
 
 
+def test_prompts_that_choose_are_not_those_that_try():
+    patching.check_pilot(["Say  something.", "Go on."], ["Say nothing."], ["war"])
+    patching.check_pilot([], ["a"], [])
+    for pilot, prompts, topic, message in (
+        (["Go  on.\n"], ["x", "Go on."], ["war"], "'Go on.' is among pilot_prompts and prompts"), (["Go on."], [], [], "name topic_words"),
+        (["a", 5], [], ["war"], "pilot prompt 2 is a text, not 5"), (["a \ud800"], [], ["war"], "pilot prompt 1 holds half of a character"),
+    ):  # fmt: skip
+        with pytest.raises(u.UserError, match=message):
+            patching.check_pilot(pilot, prompts, topic)
+
+
 def test_prompts_from_a_file_and_wrong_ones(tmp_path, tokenizer, model):
     (tmp_path / "p.txt").write_text("the cat\n\na dog\n")
     (tmp_path / "p.jsonl").write_text('"the\\ncat"\n')

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -251,6 +252,14 @@ def test_a_topic_is_brought_into_what_the_model_writes(run):
     assert result["change"] == pytest.approx(sum(change) / 10) and result["topic_moved"] == sum(c > 1e-3 for c in change) and result["p"] == pytest.approx((result["controls_as_good"] + 1) / 21)
     cost, (own, repeats) = {row["dose"]: row["surprise"] for row in result["doses"]}, result["repeats"]
     assert result["stands_out"] == (result["p"] <= 0.05 and cost[1.0] - cost[0.0] <= 1 and repeats - own <= 0.2) and "Words of the topic: <b>zoo" in page and result["attribution"] == []
+
+
+def test_a_topics_edit_is_chosen_on_prompts_of_its_own(run):
+    said = {"topic_words": ["zoo"], "strength": 2.4, "n_controls": 2, "max_new_tokens": 6, "prompts": ["one day"], "pilot_prompts": ["then the", "at night a"]}
+    patched = experiment.launch("patch_neurons", ["-p", "run_dir", str(run), "-y", json.dumps(said | {"name": "pilot"})])
+    outputs = [out.get("text", "") for cell in read(patched / "patch_neurons.ipynb")["cells"] for out in cell.get("outputs", [])]
+    assert re.search(r"up in [0-2] of 2, ", "".join(map("".join, outputs))) and len(read(patched / "patching.json")["comparison"]) == 1
+    assert experiment.main(["patch_neurons", "-p", "run_dir", str(run), "-y", json.dumps(said | {"name": "both", "prompts": ["then the"]})]) == 2
 
 
 def test_the_model_says_its_word_by_the_latent_that_announces_it(patch):
