@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("model", help="a model's folder or id, `known`, `world`, `rows`, `front` or `saelens`")
     parser.add_argument("text", nargs="?", help="a text, or the folder of a store")
     parser.add_argument("--layer", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, help="2,195 on stored rows, which is five epochs of 225,000, 880 for `front`, else 6,000")
     parser.add_argument("--lm", default="", help="the model of the store, for `front`")
     parser.add_argument("--windows", type=int, default=24, help="held-out windows for the cross-entropies of `front`")
     parser.add_argument("--lr", default="5e-4,1e-3,2e-3", help="rates of SAELens, for `saelens`")
@@ -345,6 +345,7 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--only", default="", help="recipes whose names hold one of these, parted by commas")
     options = parser.parse_args()
+    options.steps = options.steps or {"rows": 2195, "saelens": 2195, "front": 880}.get(options.model, 6000)
     wanted = lambda recipes: {name: recipe for name, recipe in recipes.items() if any(part in name for part in options.only.split(","))}
     torch.set_flush_denormal(True)
     if options.model == "known":
