@@ -17,7 +17,6 @@ import ast
 import difflib
 import errno
 import hashlib
-import math
 import operator
 import os
 import re
@@ -855,32 +854,6 @@ def check_latent(latent, d_sae: int) -> int:
     if not 0 <= number < d_sae:
         raise UserError(f"latent {latent!r} is not one of this SAE: valid latents are 0 to {d_sae - 1}.")
     return number
-
-
-# ---------------------------------------------------------------------------------------------
-# Training: what one step needs
-# ---------------------------------------------------------------------------------------------
-
-
-def activation_stats(activations: Tensor, index: Tensor, chunk: int = 65536) -> tuple[Tensor, Tensor]:
-    """(mean (d_in), norm (N,)): the mean over the rows `index`, in float64 inside; ‖x - mean‖ of every row."""
-    total = torch.zeros(activations.shape[1], dtype=torch.float64)
-    for part in index.split(chunk):
-        total += activations[part].double().sum(0)
-    mean, norm = (total / len(index)).float(), torch.empty(len(activations))
-    for own, part in zip(norm.split(chunk), activations.split(chunk), strict=True):  # not kept piece by piece: the memory between small pieces is not given back
-        torch.linalg.vector_norm(part.float() - mean, dim=1, out=own)
-    return mean, norm
-
-
-def learning_rate(step: int, total_steps: int, lr: float, warmup_steps: int, lr_min_ratio: float, lr_decay_fraction: float) -> float:
-    """Linear from 0 over `warmup_steps`, a cosine to `lr_min_ratio * lr`, reached at
-    `lr_decay_fraction` of all steps, then held."""
-    if step < warmup_steps:
-        return lr * step / warmup_steps
-    decay_steps = max(1, round(total_steps * lr_decay_fraction) - warmup_steps)
-    progress = min(1.0, (step - warmup_steps) / decay_steps)
-    return lr * (lr_min_ratio + (1 - lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 # ---------------------------------------------------------------------------------------------

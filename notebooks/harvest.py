@@ -836,6 +836,17 @@ def card(plan: dict) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def activation_stats(activations: Tensor, index: Tensor, chunk: int = 65536) -> tuple[Tensor, Tensor]:
+    """(mean (d_in), norm (N,)): the mean over the rows `index`, in float64 inside; ‖x - mean‖ of every row."""
+    total = torch.zeros(activations.shape[1], dtype=torch.float64)
+    for part in index.split(chunk):
+        total += activations[part].double().sum(0)
+    mean, norm = (total / len(index)).float(), torch.empty(len(activations))
+    for own, part in zip(norm.split(chunk), activations.split(chunk), strict=True):  # not kept piece by piece: the memory between small pieces is not given back
+        torch.linalg.vector_norm(part.float() - mean, dim=1, out=own)
+    return mean, norm
+
+
 def spectrum(activations: Tensor, index: Tensor, most: int = 65536) -> tuple[Tensor, float, Tensor]:
     """(variances (d_in), largest first; effective rank; principal components (d_in, d_in), one a row, the
     largest first) of the rows `index`, at most `most` of them, evenly spread, in float64 inside.

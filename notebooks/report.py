@@ -31,6 +31,7 @@ import features
 import fidelity
 import sae_utils
 import showing
+import training
 
 A4 = (8.27, 11.69)  # inches
 LEFT, RIGHT, TOP, BOTTOM = 0.8, 0.8, 0.8, 0.8  # margins, inches
@@ -314,7 +315,7 @@ def norms_figure(fig, distance: Tensor, mean_norm: float) -> None:
 def learning_rate_figure(fig, schedule: tuple) -> None:
     """The learning rate over all steps; `schedule` is what `learning_rate` takes after the step."""
     ax, steps = fig.add_subplot(), np.linspace(0, schedule[0], 500)
-    ax.plot(steps, [sae_utils.learning_rate(step, *schedule) for step in steps])
+    ax.plot(steps, [training.learning_rate(step, *schedule) for step in steps])
     ax.set(xlabel="step", ylabel="learning rate", title="Warm-up, cosine to a share of the peak, then held")
 
 

@@ -565,8 +565,18 @@ def probe(sae: sae_utils.SAE, x: Tensor, l1_coeff: float, auxk_weight: float, l0
 
 
 # ---------------------------------------------------------------------------------------------
-# The order of the data
+# The learning rate, and the order of the data
 # ---------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, total_steps: int, lr: float, warmup_steps: int, lr_min_ratio: float, lr_decay_fraction: float) -> float:
+    """Linear from 0 over `warmup_steps`, a cosine to `lr_min_ratio * lr`, reached at
+    `lr_decay_fraction` of all steps, then held."""
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    decay_steps = max(1, round(total_steps * lr_decay_fraction) - warmup_steps)
+    progress = min(1.0, (step - warmup_steps) / decay_steps)
+    return lr * (lr_min_ratio + (1 - lr_min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:

@@ -262,7 +262,7 @@ def rows_in_stages(n: int) -> list[dict]:
             train_windows, held_out_windows = harvest.split_windows(rows.window_document, 0.1)
             _, judging, _ = fidelity.watch_and_judge(held_out_windows, rows.window_document)
             kept.update(train=(train_windows[rows.window] & rows.finite).nonzero().flatten(), held_out=(judging[rows.window] & rows.finite).nonzero().flatten())
-            kept["mean"], norms = sae_utils.activation_stats(rows.activations, kept["train"])
+            kept["mean"], norms = harvest.activation_stats(rows.activations, kept["train"])
             kept.update(norms=norms, usable=rows.finite & (norms >= 1e-8), components=harvest.spectrum(rows.activations, kept["train"])[2])
             kept["far"] = torch.where(kept["usable"], norms, 0).topk(10).indices
             kept["card"] = [float(np.quantile(norms[kept["usable"]].double(), q)) for q in (0.01, 0.1, 0.5, 0.9, 0.99, 1.0)]

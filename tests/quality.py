@@ -48,7 +48,7 @@ def in_turns(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int
     """`train`, which pauses after each `every` steps and yields the SAE; it is finished where nothing more comes."""
     recipe = {"architecture": "relu", "k": 0, "lr": 3e-3, "l1_weight": 0.147, "auxk_weight": 0.0, "normalize": "scale", "apply_b_dec_to_input": False, "seed": 0} | recipe
     schedule = [recipe.get(name, default) for name, default in (("warmup_steps", 500), ("lr_min_ratio", 0.5), ("lr_decay_fraction", 0.8))]
-    mean, norms = sae_utils.activation_stats(rows, index)
+    mean, norms = harvest.activation_stats(rows, index)
     scale = norms[index].double().mean().item() if recipe["normalize"] == "scale" else 0.0
     settings = {name: recipe[name] for name in ("seed", "architecture", "k", "apply_b_dec_to_input")}
     sae = sae_utils.SAE(rows.shape[1], expansion * rows.shape[1], norm_scale=scale, **settings)
@@ -62,7 +62,7 @@ def in_turns(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int
         training.shuffled_batches(rows, index[training.epoch_order(len(index), recipe["seed"], e)], 512) for e in epoch
     )
     for step, batch in enumerate(itertools.islice(batches, steps), 1):
-        trainer.step(trainer.normalise(batch), sae_utils.learning_rate(step - 1, steps, recipe["lr"], *schedule))
+        trainer.step(trainer.normalise(batch), training.learning_rate(step - 1, steps, recipe["lr"], *schedule))
         if step % 100 == 0:
             trainer.read(reset=True)
         if step == steps:
@@ -156,7 +156,7 @@ def beside_saelens(options) -> list[dict]:
     are trained on the same machine under the same load: seconds, and what each reaches on held-out rows."""
     rows = harvest.open_rows(Path(options.text).resolve())
     index, other = (mask[rows.window].nonzero().flatten() for mask in harvest.split_windows(rows.window_document, 0.1))
-    mean, norms = sae_utils.activation_stats(rows.activations, index)
+    mean, norms = harvest.activation_stats(rows.activations, index)
     scale = norms[index].double().mean().item() / math.sqrt(rows.activations.shape[1])  # as SAELens scales, to the root of the width
     every, recipe = len(index) // 512 // 4, ON_ROWS["batchtopk k 32"]
     ways = {f"SAELens, lr {lr}": saelens_in_turns(rows.activations, index, mean, scale, options.steps, every, float(lr)) for lr in options.lr.split(",")}

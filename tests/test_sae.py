@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import harvest
 import sae_utils as u
 import showing
 import storing
+import training
 
 
 def test_encode_and_decode_are_the_equations(sae):
@@ -50,18 +52,18 @@ def test_starts_tied_with_unit_rows_and_zero_biases():
 
 
 def test_learning_rate_at_its_corners():
-    rate = lambda step: u.learning_rate(step, 10_000, 3e-3, 500, 0.5, 0.8)
+    rate = lambda step: training.learning_rate(step, 10_000, 3e-3, 500, 0.5, 0.8)
     assert rate(0) == 0 and rate(250) == pytest.approx(1.5e-3) and rate(500) == pytest.approx(3e-3)
     assert rate(4250) == pytest.approx(0.75 * 3e-3)  # half of the cosine
     assert rate(8000) == pytest.approx(1.5e-3) and rate(7999) > 1.5e-3
     assert rate(9999) == pytest.approx(1.5e-3)
-    assert u.learning_rate(0, 10, 1.0, 0, 0.5, 0.8) == 1.0  # no warm-up
-    assert u.learning_rate(10, 20, 1.0, 500, 0.5, 0.8) == pytest.approx(0.02)  # a run shorter than its warm-up
+    assert training.learning_rate(0, 10, 1.0, 0, 0.5, 0.8) == 1.0  # no warm-up
+    assert training.learning_rate(10, 20, 1.0, 500, 0.5, 0.8) == pytest.approx(0.02)  # a run shorter than its warm-up
 
 
 def test_activation_stats_in_chunks_of_unequal_size():
     x, index = (torch.randn(1000, 16) * 3 + 10).bfloat16(), torch.randperm(1000)[:700]
-    mean, norm = u.activation_stats(x, index, chunk=64)
+    mean, norm = harvest.activation_stats(x, index, chunk=64)
     expected = x[index].double().mean(0)
     torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(norm.double(), (x.double() - expected).norm(dim=1), rtol=1e-5, atol=0)

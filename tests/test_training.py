@@ -279,7 +279,7 @@ def test_steps_equal_autograd_and_adam(architecture, path):
     trainer = training.Trainer(sae, L1, sparse_below=2.0 if path == "sparse" else 0.0)
     for step in range(10):
         x = unit_rows()
-        lr = u.learning_rate(step, 20, 1e-2, 3, 0.5, 0.8)
+        lr = training.learning_rate(step, 20, 1e-2, 3, 0.5, 0.8)
         trainer.step(x, lr)
         optimizer.zero_grad()
         reference_loss(architecture, *weights, x.double(), False, None).backward()
