@@ -2,6 +2,7 @@
 and what is said of them against values worked out by hand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -465,6 +466,18 @@ def test_a_word_that_is_never_said_is_told_first(result):
     assert never.startswith("Swap of latents 7 (<i>own</i>), 8 at scope last: '<b>' is the first choice on none of 2 prompts; its log-odds changed by +2.6 on average")
     assert "It stands out from its controls" in never and "none of" not in patching.findings(result)[0].split("changed by")[0]
     assert "the log-odds of '<b>' changed" in patching.findings(result | {"target_is_first_choice": 0, "lowers": True})[0]
+
+
+def test_a_page_has_no_empty_column_and_cuts_only_what_is_long(result, tmp_path):
+    full = result | {"findings": ["x"]}
+    page = patching.write_page(tmp_path / "p.html", "T", full)
+    assert "moved most after the prompt" in page and 'data-name="moved most"' in page and "…" not in page.partition("<tbody>")[2]
+    rows = [row | {"moves": []} for row in full["comparison"]]
+    long = rows[0] | {"prompt": "cut " + "b" * 160}
+    page = patching.write_page(tmp_path / "p.html", "T", full | {"comparison": [long, rows[1]]})
+    assert "moved most" not in page and page.count("…" + "b" * 160) == 1 and "cut" not in page
+    heads, cells = (re.findall(rf"<{tag}[ >]", page) for tag in ("th", "td"))
+    assert len(cells) == 2 * len(heads)
 
 
 def test_the_findings_of_a_topic(result, tmp_path):
