@@ -44,15 +44,14 @@ def gpt2() -> transformers.GPT2LMHeadModel:
 
 
 def gemma(seed: int = 0) -> transformers.Gemma3ForCausalLM:
-    torch.manual_seed(seed)
     config = transformers.Gemma3TextConfig(
         vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
         head_dim=8, query_pre_attn_scalar=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=3,
     )  # fmt: skip
-    model = transformers.Gemma3ForCausalLM(config)
+    model, generator = transformers.Gemma3ForCausalLM(config), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():  # the default 0.02 leaves every layer's output near zero
-        torch.nn.init.normal_(parameter, std=0.3 if "norm" in name else parameter.shape[-1] ** -0.5)
+        torch.nn.init.normal_(parameter, std=0.3 if "norm" in name else parameter.shape[-1] ** -0.5, generator=generator)
     return model.eval().requires_grad_(False)
 
 

@@ -121,12 +121,13 @@ def fake_seen(says, value, odds, window=None, words=(4, 6, 8, 10)):
 
 def test_a_survey_of_what_the_model_says(place):
     model, tokenizer, hook, sae = place
-    windows = [[3, *torch.randint(4, 12, (n,)).tolist()] for n in (9, 6, 12)] + [[3, 5, 6, 7]] * 2
+    windows = [[3, *torch.randint(4, 12, (n,)).tolist()] for n in (9, 6, 12)] + [[3, *[4, 5] * 6]] + [[3, 5, 6, 7]] * 2
     rows, words = fake_rows(windows), [4, 5, 6, 7]
     next_token = choosing.followers(rows)
     index = torch.arange(len(rows.window))
     seen = choosing.survey(model, rows, index, next_token, words)
-    expected = {tuple(windows[w][: p + 1]) for w, p, t in zip(rows.window.tolist(), rows.position.tolist(), next_token.tolist(), strict=True) if t in words}
+    of_window = [[p for p in range(1, len(w) - 1) if w[p + 1] in words][-8:] for w in windows]  # at most the last eight
+    expected = {tuple(window[: p + 1]) for window, places in zip(windows, of_window, strict=True) for p in places}
     assert {tuple(prompt) for prompt in seen["prompts"]} == expected and len(seen["prompts"]) == len(expected)  # the window that comes twice counts once
     alone = torch.cat([editing.next_logprobs(model, [prompt]) for prompt in seen["prompts"]])
     assert seen["says"].tolist() == alone.argmax(1).tolist() and seen["value"].tolist() == pytest.approx(alone.amax(1).exp().tolist(), abs=1e-4)

@@ -191,7 +191,7 @@ def test_a_second_turn_on_a_kept_cache(model, tokenizer, sae, name):
             return
         turn = model.generate(input_ids=torch.tensor([first]), generation_config=settings_of("greedy"))
         both = torch.cat([turn.sequences, torch.tensor([more])], 1)
-        out = model.generate(input_ids=both, generation_config=settings_of("greedy"), **{cache_name(model): cache_of(turn)})
+        out = model.generate(input_ids=both, attention_mask=torch.ones_like(both), generation_config=settings_of("greedy"), **{cache_name(model): cache_of(turn)})  # generate would leave out a padding token that the model wrote
     prompt = both[0].tolist()
     check(model, sae, tokenizer, name, "greedy", [prompt], both, out, wrapper.tracker.reached())
 
@@ -206,7 +206,8 @@ def test_a_second_turn_may_state_its_own_prompt(model, tokenizer, sae, name):
         reached = wrapper.tracker.reached()
         prompt = turn.sequences[0].tolist() + more
         with editing.stating(model, [prompt]):
-            out = model.generate(input_ids=torch.tensor([prompt]), generation_config=settings_of("greedy"), **{cache_name(model): cache_of(turn)})
+            ids = torch.tensor([prompt])
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings_of("greedy"), **{cache_name(model): cache_of(turn)})
         second = wrapper.tracker.reached()
     text, kept = out.sequences[0].tolist(), len(prompt) - len(more) - 1  # positions that the cache held
     early = edited_places(tokenizer, name, prompt[:kept], len(first))

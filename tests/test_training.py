@@ -409,11 +409,11 @@ def test_a_last_step_that_went_bad_is_noticed(kernel):
         training.check_end(good, [{"epoch": 1, "held_out_fvu": 0.5}, {"epoch": 2, "held_out_fvu": float("nan")}])
 
 
-def test_silent_latents_come_back_with_auxk():
+def test_silent_latents_come_back_with_auxk(fresh_seed):
     """Half of the latents are pushed below zero for good; only AuxK gives those a gradient."""
     alive = {}
     for weight in (0.0, 1.0):
-        torch.manual_seed(0)
+        torch.manual_seed(fresh_seed)
         sae = make_sae("topk")
         sae.b_enc[: D_SAE // 2] -= 0.15
         trainer = training.Trainer(sae, auxk_weight=weight, dead_after=20)
