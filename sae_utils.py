@@ -578,6 +578,7 @@ class JumpReLU(ReLU):
 
     name, knob = "jumprelu", "k"
     bandwidth = 0.03  # in units of x_unit's norm, which is about 1
+    beta2, rates = TopK.beta2, TopK.rates  # at first L0 is far above k: a second moment that remembers this for 1,000 steps lets no threshold move
 
     def tensors(self, d_sae):
         return {"threshold": torch.full((d_sae,), 1e-3)}, {}

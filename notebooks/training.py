@@ -58,9 +58,15 @@ def losses(sae: sae_utils.SAE, x: Tensor, weights: dict[str, float], dead: Tenso
 
 def has_kernel(rule: sae_utils.ReLU) -> bool:
     """Whether an architecture is one that the gradients written by hand are right for: it keeps pre_acts or drops
-    them, its loss is mse, of prefixes or not, with L1 or without, and it has no further parameters."""
+    them, its loss is mse, of prefixes or not, with L1 or without, and it has no further parameters; or it is JumpReLU."""
     ours, plain = type(rule), sae_utils.ReLU
-    return ours.train is plain.train and ours.loss is plain.loss and ours.penalty in (plain.penalty, sae_utils.TopK.penalty) and not rule.tensors(1)[0]
+    keeps = ours.train is plain.train and ours.penalty in (plain.penalty, sae_utils.TopK.penalty) and not rule.tensors(1)[0]
+    return ours.loss is plain.loss and (keeps or learns_thresholds(rule))
+
+
+def learns_thresholds(rule: sae_utils.ReLU) -> bool:
+    ours, jump = type(rule), sae_utils.JumpReLU
+    return ours.train is jump.train and ours.penalty is jump.penalty and ours.tensors is jump.tensors
 
 
 class Trainer:
@@ -100,7 +106,8 @@ class Trainer:
         self.product_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.sparse_below = sparse_below if self.device.type == "cpu" else 0.0
         self.any_dead, self.steps, self.buffers = False, 0, {}
-        self.active_share = min(1.0, self.k_now() / sae.d_sae) if sae.k else 1.0  # of the entries, in the last step
+        self.learns_thresholds = learns_thresholds(sae.rule)
+        self.active_share = min(1.0, self.k_now() / sae.d_sae) if sae.k and not self.learns_thresholds else 1.0  # of the entries, in the last step
         self.graphs, self.recorded, self.seen = graphs and self.kernel and self.device.type == "cuda", {}, {}
         if self.device.type == "cpu":
             with warnings.catch_warnings():  # torch says once that its sparse matrices are in beta; what is used here is tested
@@ -207,12 +214,16 @@ class Trainer:
             torch.addmm(self.b_enc, x_in, self.W_enc.T, out=pre_acts)
         else:
             self.product(x_in, self.W_enc.T, pre_acts).add_(self.b_enc)
-        pre_acts.clamp_min_(0)  # no architecture with a kernel keeps what is below
+        if not self.learns_thresholds:  # to these, what is a little below zero counts too
+            pre_acts.clamp_min_(0)
         gradients = self.sparse if self.active_share < self.sparse_below else self.dense
         mse, first_mse, l1, aux, fired, smallest = gradients(x, x_in, pre_acts)
         if self.sae.apply_b_dec_to_input:
             self.gradients["b_dec"].sub_(self.W_enc.T @ self.gradients["b_enc"])
-        return first_mse + self.l1_coeff * l1 + self.auxk_weight * aux, mse, l1, fired, smallest
+        loss = first_mse + self.l1_coeff * l1 + self.auxk_weight * aux
+        if self.learns_thresholds:
+            loss = loss + self.l0_penalty(fired.sum() / len(x))[0]
+        return loss, mse, l1, fired, smallest
 
     def adam(self, lr: float | Tensor) -> None:
         """Adam on all parameters, each at its rate; where this step or one before it was bad, nothing changes."""
@@ -235,6 +246,8 @@ class Trainer:
 
     def keep(self, pre_acts: Tensor) -> Tensor:
         """Boolean (batch, d_sae): the entries that the architecture keeps while it trains; none is 0."""
+        if self.learns_thresholds:
+            return torch.gt(pre_acts, self.sae.threshold.clamp_min(0), out=self.buffer("mask", *pre_acts.shape, dtype=torch.bool))
         if type(self.rule).kept is sae_utils.ReLU.kept:
             return self.buffer("mask", *pre_acts.shape, dtype=torch.bool).copy_(pre_acts)  # a conversion, several times as fast as a comparison
         near = 0.7 * float(self.threshold()) if self.rule.jumps and self.device.type == "cpu" else 0.0
@@ -244,6 +257,11 @@ class Trainer:
         """Boolean (batch, d_sae): for each token the strongest of the latents that are dead by now."""
         dead = self.state["silent"] >= self.dead_after
         return sae_utils.TopK().kept(min(self.sae.d_in // 2, self.sae.d_sae), pre_acts.masked_fill(~dead, 0))
+
+    def l0_penalty(self, l0: Tensor) -> tuple[Tensor, Tensor]:
+        """JumpReLU's penalty, and its derivative with respect to L0."""
+        k, weight = self.sae.k, self.weights["l0_weight"] / self.sae.d_in
+        return (weight * k * (l0 / k - 1).square(), 2 * weight * (l0 / k - 1)) if k else (weight * l0, weight * torch.ones_like(l0))
 
     @property
     def use_aux(self) -> bool:
@@ -292,6 +310,11 @@ class Trainer:
             self.product(acts[:, first:last].T, slope, W_grad[first:last])
         if self.l1_coeff:
             d_pre.add_(self.l1_coeff / n)
+        if self.learns_thresholds:
+            level, width = self.sae.threshold, self.rule.bandwidth
+            inside = torch.sub(pre_acts, level, out=self.buffer("inside", *pre_acts.shape)).abs_().lt_(width / 2)
+            by_l0 = self.l0_penalty(mask.sum() / n)[1] / n
+            torch.mul(torch.linalg.vecdot(inside.T, d_pre.T).mul_(level).add_(inside.sum(0) * by_l0), -1 / width, out=self.gradients["threshold"])
         d_pre.mul_(mask)
         if use_aux:
             W_grad.add_(self.product(aux_acts.T, slopes[-1], self.gradients["W_enc"]))
@@ -306,16 +329,23 @@ class Trainer:
         """As `dense`, from the active entries alone. Row g * batch + i of the sparse matrices holds what
         group g of latents does for token i; the groups are the prefixes' differences, then AuxK's."""
         n, d_sae = pre_acts.shape
-        flat = nonzero_flat(self.keep(pre_acts))
+        level, width = (self.sae.threshold, self.rule.bandwidth) if self.learns_thresholds else (None, 0.0)
+        near = self.keep(pre_acts) if level is None else torch.gt(pre_acts, torch.minimum(level.clamp_min(0), level - width / 2), out=self.buffer("mask", *pre_acts.shape, dtype=torch.bool))
+        flat = nonzero_flat(near)
         token, latent = flat // d_sae, flat % d_sae
         acts, row, main = pre_acts.view(-1)[flat], token, len(flat)
+        on = torch.ones(main)
+        if level is not None:  # entries that only the ramps know go along as zeros
+            level = level[latent]
+            inside, on = ((acts - level).abs() < width / 2).float(), (acts > level.clamp_min(0)).float()
+            acts = acts * on
         if len(self.ends) > 1:
             row = token + n * torch.bucketize(latent, torch.tensor(self.ends), right=True)
         if self.use_aux:
             extra = nonzero_flat(self.silent(pre_acts))
             token, latent = torch.cat([token, extra // d_sae]), torch.cat([latent, extra % d_sae])
             acts, row = torch.cat([acts, pre_acts.view(-1)[extra]]), torch.cat([row, extra // d_sae + n * len(self.ends)])
-        fired = torch.zeros(d_sae).index_add_(0, latent[:main], torch.ones(main))
+        fired = torch.zeros(d_sae).index_add_(0, latent[:main], on)
         l1 = acts[:main].sum() / n
         smallest = acts[:main].amin() if main else torch.tensor(torch.inf)
         weight = torch.full_like(acts, self.l1_coeff / n)  # of L1 in each entry's gradient
@@ -335,6 +365,10 @@ class Trainer:
         d_acts = torch.sparse.sampled_addmm(pattern, slopes, self.W_dec.T, beta=0).values()
         along = torch.zeros(d_sae).index_add_(0, latent, acts * d_acts)  # each row's gradient along the row
         d_pre = d_acts + weight
+        if level is not None:
+            by_l0 = self.l0_penalty(on.sum() / n)[1] / n
+            self.gradients["threshold"].zero_().index_add_(0, latent[:main], inside * (d_pre[:main] * level + by_l0)).div_(-width)
+            d_pre[:main] *= on
         self.gradients["b_enc"].zero_().index_add_(0, latent, d_pre)
         order = columns.argsort(stable=True)
         starts = torch.searchsorted(columns[order], torch.arange(d_sae + 1, dtype=torch.int32)).int()
@@ -516,6 +550,8 @@ def step_bytes(sae: sae_utils.SAE, batch_size: int, auxk_weight: float = 0.0, ke
     holds for each of its batch_size * d_sae entries, as measured on a CPU (tests/test_training.py measures it again)."""
     if not (kernel and has_kernel(sae.rule)):
         each = 30 + 5 * (auxk_weight > 0)
+    elif learns_thresholds(sae.rule):  # dense at first
+        each = 26 + 11 * (auxk_weight > 0)
     elif sae.W_enc.device.type == "cpu" and 0 < sae.k < SPARSE_BELOW * sae.d_sae:
         each = 14 if sae.rule.jumps else 8
     else:

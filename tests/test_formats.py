@@ -373,7 +373,7 @@ def broken(root, what):
         return make[what]()
     source = {"npz cut": lambda: gemma_scope_1(root, weights("threshold")), "npz with objects": lambda: gemma_scope_1(root, weights("threshold"))}.get(what)
     source = source() if source else dictionary(root, t, "AutoEncoder") if what.startswith("ae") else saelens(root, t)
-    at = root if not source.endswith("71") else next(root.rglob("params.npz")).parent
+    at = next(root.rglob("params.npz")).parent if what.startswith("npz") else root
     if what in ("safetensors cut", "npz cut", "ae cut"):
         cut(at / {"s": "sae_weights.safetensors", "n": "params.npz", "a": "ae.pt"}[what[0]])
     elif what == "empty":

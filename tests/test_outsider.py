@@ -81,6 +81,10 @@ def test_gradients_by_hand_are_not_used_where_they_would_be_wrong():
         def penalty(self, sae, x_unit, pre_acts, acts, weights):
             return acts.sum()
 
+    class OtherJump(sae_utils.JumpReLU):
+        def penalty(self, sae, x_unit, pre_acts, acts, weights):
+            return acts.sum()
+
     kernels = {name: training.has_kernel(rule) for name, rule in sae_utils.ARCHITECTURES.items()}
-    assert kernels == {"relu": True, "topk": True, "batchtopk": True, "matryoshka": True, "jumprelu": False, "gated": False}
-    assert not training.has_kernel(OtherLoss()) and not training.has_kernel(LpPenalty())
+    assert kernels == {"relu": True, "topk": True, "batchtopk": True, "matryoshka": True, "jumprelu": True, "gated": False}
+    assert not training.has_kernel(OtherLoss()) and not training.has_kernel(OtherJump()) and not training.has_kernel(LpPenalty())

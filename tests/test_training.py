@@ -1,6 +1,7 @@
 """The training step against autograd, its order of the data, going on after a stop, the doctor."""
 
 import contextlib
+import copy
 import errno
 import os
 import re
@@ -111,15 +112,16 @@ def learnt(sae: u.SAE, trainer: training.Trainer, x: Tensor) -> dict[str, Tensor
     return trainer.gradients | {"W_enc": trainer.gradients["W_enc"].T}
 
 
+@pytest.mark.parametrize("path", ["dense", "sparse", "autograd"])
 @pytest.mark.parametrize("k", [0, K])
-def test_gradients_of_jumprelu_by_hand(k):
+def test_gradients_of_jumprelu_by_hand(k, path):
     """The formulas written out in float64: to the threshold through a ramp, to the rest as if it were fixed."""
     sae, x, weight = u.SAE(D_IN, D_SAE, seed=3, architecture="jumprelu", k=k).requires_grad_(False), unit_rows(), 0.7
     sae.b_enc.normal_(std=0.1)
     sae.threshold.uniform_(-0.01, 0.1)
     W_enc, b_enc, W_dec, b_dec, level, rows = (t.double().clone() for t in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.threshold, x))
-    trainer, width = training.Trainer(sae, l0_weight=weight), sae.rule.bandwidth
-    assert not trainer.kernel
+    trainer, width = training.Trainer(sae, l0_weight=weight, sparse_below=2.0 if path == "sparse" else 0.0, kernel=path != "autograd"), sae.rule.bandwidth
+    assert trainer.kernel == (path != "autograd")
     pre = rows @ W_enc + b_enc
     kept = (pre > level) & (pre > 0)
     error = (pre * kept) @ W_dec + b_dec - rows
@@ -138,6 +140,23 @@ def test_gradients_of_jumprelu_by_hand(k):
         torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
     assert trainer.read()["loss"] == pytest.approx((error.square().mean() + weight / D_IN * penalty).item(), rel=1e-5)
     assert not torch.equal(sae.threshold.double(), level)  # it is learnt
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_auxk_joins_the_gradients_of_jumprelu(path):
+    """As by autograd, where some latents are dead."""
+    sae, x, dead = make_sae("jumprelu", True), unit_rows(), torch.rand(D_SAE) < 0.3
+    sae.threshold.uniform_(-0.01, 0.1)
+    of_paths, losses = [], []
+    for kernel in (True, False):
+        trainer = training.Trainer(copy.deepcopy(sae), auxk_weight=AUX, l0_weight=0.7, sparse_below=2.0 if path == "sparse" else 0.0, kernel=kernel)
+        trainer.state["silent"][dead] = 10**6
+        trainer.any_dead = True
+        of_paths.append(learnt(trainer.sae, trainer, x))
+        losses.append(trainer.read()["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, gradient in of_paths[1].items():
+        assert (of_paths[0][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_gradients_of_gated_by_hand():
@@ -162,6 +181,13 @@ def test_gradients_of_gated_by_hand():
     assert trainer.read()["loss"] == pytest.approx(loss.item(), rel=1e-5) and set(got) == set(expected)
     for name, gradient in got.items():
         torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_jumprelu_comes_down_to_its_target_in_a_short_run(fresh_seed):
+    """With a second moment that remembers the first steps, where L0 is far above 4, it ends near 7."""
+    rows, _, _ = known_directions(8000, d_in=32, n_true=48, active=3, seed=fresh_seed)
+    sae = train(rows, torch.arange(7000), 4, 300, **ON_ROWS["jumprelu, target 32"] | {"k": 4, "lr": 6e-3})
+    assert u.score_rows(sae, rows, torch.arange(7000, 8000))["l0"] == pytest.approx(4, rel=0.15)
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "jumprelu", "gated"])
@@ -244,7 +270,7 @@ print((peak[0] - before) / training.step_bytes(sae, len(x), auxk_weight))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read where Linux tells it")
-@pytest.mark.parametrize("case", ["relu 0", "relu 0.1", "batchtopk 0", "gated 0.1"])
+@pytest.mark.parametrize("case", ["relu 0", "relu 0.1", "batchtopk 0", "jumprelu 0", "jumprelu 0.1", "gated 0.1"])
 def test_a_step_takes_the_memory_that_the_card_says(case):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(u.ROOT), str(u.ROOT / "notebooks")])}
     said = subprocess.run([sys.executable, "-c", MEASURE, *case.split()], env=env, capture_output=True, text=True, check=True).stdout
@@ -415,7 +441,7 @@ def test_silent_latents_come_back_with_auxk(fresh_seed):
     for weight in (0.0, 1.0):
         torch.manual_seed(fresh_seed)
         sae = make_sae("topk")
-        sae.b_enc[: D_SAE // 2] -= 0.15
+        sae.b_enc[: D_SAE // 2] -= 0.3
         trainer = training.Trainer(sae, auxk_weight=weight, dead_after=20)
         for _ in range(300):
             trainer.step(unit_rows(), 3e-3)
