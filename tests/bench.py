@@ -463,6 +463,12 @@ def bench_training(rounds: int, quick: bool) -> list[dict]:
             ratio = seconds[other] / seconds["ours"] if other != "floor" else seconds["ours"] / seconds["floor"]
             row = {"part": "training", "case": case, "ours": 1000 * seconds["ours"], "other": 1000 * seconds[other], "ratio": ratio}
             rows.append(row | {"machine": machine()})
+    jumps = [sae_utils.SAE(d_in, d_sae, architecture="jumprelu", k=32).requires_grad_(False).to(device) for _ in "ab"]
+    for sae in jumps:
+        sae.threshold.fill_((data[:256] @ sae.W_enc).flatten().topk(32 * 256).values.min())
+    seconds = interleaved({name: our_steps(sae, data, 512, 0.0, kernel=name == "ours") for name, sae in zip(("ours", "autograd"), jumps, strict=True)}, rounds)
+    ours, other = (1000 * seconds[name] / n_steps for name in ("ours", "autograd"))
+    rows.append({"part": "training", "case": f"{d_in} -> {d_sae}, jumprelu, L0 32, against autograd", "ours": ours, "other": other, "ratio": other / ours, "machine": machine()})
     table("milliseconds of a step (ratio: other / ours; for the floor ours / floor)", rows)
     if device == "cuda":
         print(f"the reference job, 1.76M steps: {1.76e6 * rows[0]['ours'] / 1000 / 60:.1f} minutes")
