@@ -14,7 +14,7 @@ import training
 
 PLACES = 20 * 17  # shown of each latent, and the tokens around each, whose activations are worked out one by one
 WINDOWS = 40  # after which the cross-entropies of a middling layer are known well enough, as measured
-FIGURES = 320  # as many small figures are drawn in the time that pages, report, TensorBoard and start take, as measured
+FIGURES = 850  # as many small figures are drawn in the time that pages, report, TensorBoard and start take, as measured on three models
 
 
 def seconds(work) -> float:
