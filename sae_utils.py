@@ -5,7 +5,7 @@
     x_unit_hat = acts @ W_dec + b_dec                  rows of W_dec have unit norm
     x_hat      = x_unit_hat * norm + mean
 
-Sections, in the order the data flows: small things, model, activations, SAE, training, metrics.
+Sections, in the order the data flows: small things, matrix products, model, activations, architectures, SAE, metrics.
 notebooks/harvest.py brings text to the model and activations to the disk;
 notebooks/editing.py edits latents while the model runs.
 Importing this module does nothing else.
@@ -19,20 +19,23 @@ import errno
 import hashlib
 import operator
 import os
+import platform
 import re
 import sys
 import warnings
 import zipfile
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent
 FORMAT_VERSION = 2
+ONEDNN_FROM = 2**20  # multiplications of a product; in smaller ones its start costs more than it saves
 REFERENCE_L1_WEIGHT = 0.35  # 3e-4 * 1152: the reference's weight against the summed squared error
 
 
@@ -188,6 +191,48 @@ def pick_device(name: str = "") -> str:
         return kind
     torch.cuda.set_device(name)  # a recorded graph belongs to the current device
     return name
+
+
+# ---------------------------------------------------------------------------------------------
+# Matrix products
+# ---------------------------------------------------------------------------------------------
+
+
+@cache
+def through_onednn() -> bool:
+    """Whether oneDNN multiplies float32 matrices faster here than MKL, which torch asks on a CPU: MKL does without
+    AVX-512 on processors that are not Intel's, oneDNN does not (`make bench PART=products`)."""
+    listed = Path("/proc/cpuinfo")
+    maker = listed.read_text() if listed.exists() else platform.processor()
+    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, (…, n), of x (…, d), weight (n, d) and bias (n); by oneDNN where that is the faster one,
+    the product is no small one, and nothing is differentiated. `out`: memory that may be used; what is returned counts.
+    `torch.backends.mkldnn.flags(enabled=False)` keeps to torch's choice."""
+    given = [t for t in (x, weight, bias) if t is not None]
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given) and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+    if plain and x.numel() * len(weight) >= ONEDNN_FROM and torch.backends.mkldnn.enabled and through_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # what torch.compile calls; it has no gradient
+    if out is None:
+        return F.linear(x, weight, bias)
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+class Linear(nn.Linear):
+    """A linear layer by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def with_linear(model):
+    """The model, its own linear layers changed to `Linear`, in place; layers of any other class stay as they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return model
 
 
 # ---------------------------------------------------------------------------------------------
@@ -353,7 +398,7 @@ def load_model(model_name: str, revision: str = "", device: str = "cpu", dtype: 
             f"the checkpoint of {model_name} lacks {len(info['missing_keys'])} weights of this architecture "
             f"(such as {min(info['missing_keys'])}): they would be random, so it is refused."
         )
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return with_linear(model.to(device).eval().requires_grad_(False)), tokenizer
 
 
 def special_ids(tokenizer) -> list[int]:
@@ -390,7 +435,7 @@ def with_bos(tokenizer, ids: list[int]) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Raised in the last hook: nothing after it is computed."""
 
 
@@ -408,13 +453,13 @@ def run_to_hooks(model, hook_names: list[str], input_ids: Tensor, attention_mask
     def catch(module, args, output, name):
         caught[name] = first_output(output).detach()
         if len(caught) == len(hook_names):
-            raise _Reached
+            raise Reached
         caught[name] = caught[name].clone()  # what still runs may add to it in place, as Falcon's layers do
 
     handles = [model.get_submodule(name).register_forward_hook(partial(catch, name=name)) for name in hook_names]
     try:
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    except _Reached:
+    except Reached:
         pass
     finally:
         for handle in handles:
@@ -428,43 +473,6 @@ def run_to_hooks(model, hook_names: list[str], input_ids: Tensor, attention_mask
 def run_to_hook(model, hook_name: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """`run_to_hooks` for one hook."""
     return run_to_hooks(model, [hook_name], input_ids, attention_mask)[0]
-
-
-@torch.inference_mode()
-def post_norm_name(model, hook_name: str) -> str:
-    """The module of the layer that takes what the hooked one returned and changes it before it is added to the
-    residual stream: the norm after the MLP of Gemma 2 and 3, OLMo 2, GLM-4, …; "" where there is none.
-
-    It is found by what it does, in a pass of two tokens through the layers up to the hook's: the hooked
-    module's output is followed, as the object that it is, through modules that return it as they got it
-    (dropout, the MLP around the hook), to one that stands in the layer itself and makes another of the same shape.
-    """
-    layer = re.match(r"(.*?\.\d+)(\.|$)", hook_name)
-    if layer is None or layer[1] == hook_name:
-        return ""
-    followed, found = [], []
-
-    def after(module, args, kwargs, output, name):
-        out = first_output(output)
-        if name == hook_name:
-            followed[:] = [out]
-        elif followed and name == layer[1]:
-            raise _Reached
-        elif followed and name.rpartition(".")[0] == layer[1] and next(iter((*args, *kwargs.values())), None) is followed[0]:
-            if out is not followed[0] and out.shape == followed[0].shape:
-                found.append(name)
-                raise _Reached
-
-    inside = [(name, module) for name, module in model.named_modules() if name == layer[1] or name.startswith(layer[1] + ".")]
-    handles = [module.register_forward_hook(partial(after, name=name), with_kwargs=True) for name, module in inside]
-    try:
-        model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else ""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -725,7 +733,7 @@ class SAE(nn.Module):
 
     def pre_acts(self, x_unit: Tensor, columns=slice(None)) -> Tensor:
         """What the encoder makes of normalised activations, before the architecture has its say."""
-        return (x_unit - self.b_dec if self.apply_b_dec_to_input else x_unit) @ self.W_enc[:, columns] + self.b_enc[columns]
+        return linear(x_unit - self.b_dec if self.apply_b_dec_to_input else x_unit, self.W_enc[:, columns].T, self.b_enc[columns])
 
     def encode_unit(self, x_unit: Tensor, columns: Tensor | None = None) -> Tensor:
         """acts (…, d_sae) of normalised activations; only those of the latents `columns` (n,), (…, n), where given."""
@@ -735,7 +743,7 @@ class SAE(nn.Module):
         return self.rule.acts(self, self.pre_acts(x_unit, of), of)
 
     def decode_unit(self, acts: Tensor) -> Tensor:
-        return acts @ self.W_dec + self.b_dec
+        return linear(acts, self.W_dec.T, self.b_dec)
 
     def encode(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """acts (…, d_sae), in the SAE's normalised units, of raw activations x (…, d_in); `columns` as in `encode_unit`."""
@@ -752,7 +760,7 @@ class SAE(nn.Module):
         fit best, and returns the factor. Before training only: of ReLU, the transpose as it is gives d_sae / (2 d_in) times
         too much. Half, since from there fewer latents die and more known directions are found (tests/README.md)."""
         acts = self.rule.train(self, self.pre_acts(x_unit))
-        x_unit_hat = acts @ self.W_dec
+        x_unit_hat = linear(acts, self.W_dec.T)
         scale = share * ((x_unit * x_unit_hat).sum() / x_unit_hat.square().sum().clamp_min(1e-12)).item()
         for tensor in (self.W_enc, *([self.threshold] if hasattr(self, "threshold") else [])):
             tensor.mul_(scale)

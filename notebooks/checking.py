@@ -19,6 +19,7 @@ import transformers
 
 import budget
 import editing
+import fidelity
 import harvest
 import patching
 import sae_utils
@@ -194,7 +195,7 @@ def model(params: dict, found: Found) -> str:
 
 
 def after(params: dict, found: Found) -> str:
-    name = sae_utils.post_norm_name(found.model, found.hook)
+    name = fidelity.post_norm_name(found.model, found.hook)
     if not name:
         return "nothing changes the hook's output before it is added to the residual stream"
     return f"{name} changes the hook's output before it is added to the residual stream: SAEs published for its output are not comparable (-p hook reads it there)"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import editing
+import fidelity
 import sae_utils
 import showing
 import storing
@@ -373,7 +374,7 @@ def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[
     logit_histogram (d_sae, LOGIT_BINS) int32: how many tokens of the vocabulary, or of every second, third, … where that is
     more than LOGITS, have theirs in each of equal bins from the lowest (suppressed_by[:, 0]) to the highest (promoted_by[:, 0]).
     """
-    after, head = sae_utils.post_norm_name(model, hook_name), model.get_output_embeddings()
+    after, head = fidelity.post_norm_name(model, hook_name), model.get_output_embeddings()
     at_post: list[Tensor] = []  # what the norm after the hook takes
     path: list[tuple[torch.nn.Module, Tensor, Tensor]] = []  # the last norm and what follows it up to the head: module, what it takes and returns
 

@@ -53,7 +53,7 @@ def nearest(centres: Tensor, x: Tensor) -> Tensor:
     centres = centres.to(x.device)
     origin = centres.mean(0)
     centred = centres - origin
-    return ((x.float() - origin) @ centred.T - centred.square().sum(1) / 2).argmax(-1)
+    return sae_utils.linear(x.float() - origin, centred, -centred.square().sum(1) / 2).argmax(-1)
 
 
 def through_centres(centres: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,9 +189,46 @@ def row_sums(through, activations: Tensor, index: Tensor, document: Tensor, chun
     return sums
 
 
+@torch.inference_mode()
+def post_norm_name(model, hook_name: str) -> str:
+    """The module of the layer that takes what the hooked one returned and changes it before it is added to the
+    residual stream: the norm after the MLP of Gemma 2 and 3, OLMo 2, GLM-4, …; "" where there is none.
+
+    It is found by what it does, in a pass of two tokens through the layers up to the hook's: the hooked
+    module's output is followed, as the object that it is, through modules that return it as they got it
+    (dropout, the MLP around the hook), to one that stands in the layer itself and makes another of the same shape.
+    """
+    layer = re.match(r"(.*?\.\d+)(\.|$)", hook_name)
+    if layer is None or layer[1] == hook_name:
+        return ""
+    followed, found = [], []
+
+    def after(module, args, kwargs, output, name):
+        out = sae_utils.first_output(output)
+        if name == hook_name:
+            followed[:] = [out]
+        elif followed and name == layer[1]:
+            raise sae_utils.Reached
+        elif followed and name.rpartition(".")[0] == layer[1] and next(iter((*args, *kwargs.values())), None) is followed[0]:
+            if out is not followed[0] and out.shape == followed[0].shape:
+                found.append(name)
+                raise sae_utils.Reached
+
+    inside = [(name, module) for name, module in model.named_modules() if name == layer[1] or name.startswith(layer[1] + ".")]
+    handles = [module.register_forward_hook(partial(after, name=name), with_kwargs=True) for name, module in inside]
+    try:
+        model(input_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False)
+    except sae_utils.Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
+
+
 @torch.no_grad()
 def mean_after(model, module_name: str, activations: Tensor, index: Tensor, most: int = 65536, chunk: int = 4096) -> Tensor:
-    """Mean output (d,) of the norm that follows the hook (`sae_utils.post_norm_name`) over the rows `index`, at most
+    """Mean output (d,) of the norm that follows the hook (`post_norm_name`) over the rows `index`, at most
     `most` of them, evenly spread. Rows are what the norm is given, so that the model itself need not run."""
     norm, total, chosen = model.get_submodule(module_name), 0.0, index[:: -(-len(index) // most)]
     for part in chosen.split(chunk):

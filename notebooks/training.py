@@ -211,7 +211,7 @@ class Trainer:
         x_in = x - self.b_dec if self.sae.apply_b_dec_to_input else x
         pre_acts = self.buffer("pre_acts", len(x), self.sae.d_sae)
         if self.product_dtype == torch.float32:
-            torch.addmm(self.b_enc, x_in, self.W_enc.T, out=pre_acts)
+            pre_acts = sae_utils.linear(x_in, self.W_enc, self.b_enc, out=pre_acts)
         else:
             self.product(x_in, self.W_enc.T, pre_acts).add_(self.b_enc)
         if not self.learns_thresholds:  # to these, what is a little below zero counts too
@@ -239,7 +239,8 @@ class Trainer:
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
         """a @ b into `out`; on CUDA of bfloat16 factors, summed and kept in float32."""
         if self.product_dtype == torch.float32:
-            return torch.mm(a, b, out=out)
+            found = sae_utils.linear(a, b.T, out=out)
+            return found if found is out else out.copy_(found)
         return out.copy_(torch.mm(a.to(self.product_dtype), b.to(self.product_dtype), out_dtype=torch.float32))
 
     # -- which entries are active

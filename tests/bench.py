@@ -143,13 +143,14 @@ def bench_harvest(rounds: int, quick: bool) -> list[dict]:
     n = 64 if quick else 768
     cases = [("lengths of mean 48, 32k words", 32_768, False), ("all windows full, 32k words", 32_768, True), ("lengths of mean 48, 262k words", 262_144, False)]
     for case, vocab, full in cases[:1] if quick else cases:
-        model = gemma_shape(vocab, 640, 12, 4, 2048, torch.float32, device)
+        model, ours_model = (gemma_shape(vocab, 640, 12, 4, 2048, torch.float32, device) for _ in "ab")
+        sae_utils.with_linear(ours_model)
         windows, hook = random_windows(n // 4 if full else n, full), "model.layers.6.mlp.down_proj"
         some = sorted(windows, key=len)[4::8]  # the slow way need not do them all: rates are compared, at the same mean length
         found = {}
         ways = {
             "textbook": lambda: found.update(textbook=textbook_harvest(model, hook, some, device)),  # noqa: B023
-            "ours": lambda: timed_harvest(model, [hook], windows, "float32"),  # noqa: B023
+            "ours": lambda: timed_harvest(ours_model, [hook], windows, "float32"),  # noqa: B023
         }
         seconds = interleaved(ways, rounds)
         kept = sum(len(window) - 1 for window in windows)
@@ -394,6 +395,18 @@ def sae_with_l0(d_in: int, d_sae: int, l0: float, rows: torch.Tensor, **architec
     return sae
 
 
+def bench_products(rounds: int, quick: bool) -> list[dict]:
+    """A matrix product of ours against torch's: what a training step, a decoder and a head of 65,536 tokens ask for."""
+    rows = []
+    for case, n, d, out in [("an encoder", 512, 1152, 9216), ("a decoder", 512, 9216, 1152), ("a head", 512, 640, 65_536), ("an MLP", 2048, 640, 2048), ("one token's head", 1, 640, 65_536)]:
+        x, weight = torch.randn(n, d), torch.randn(out // (64 if quick else 1), d)
+        ways = {"ours": lambda: sae_utils.linear(x, weight), "other": lambda: torch.nn.functional.linear(x, weight)}  # noqa: B023
+        seconds = {name: 1000 * value for name, value in interleaved(ways, 2 * rounds).items()}
+        rows.append({"part": "products", "case": f"{case}: {n} x {d} -> {len(weight)}", **seconds, "ratio": seconds["other"] / seconds["ours"], "machine": machine()})
+    table(f"milliseconds of a product in float32 (other: torch's own); by oneDNN: {'yes' if sae_utils.through_onednn() else 'no, ours are the same'}", rows)
+    return rows
+
+
 def textbook_steps(sae: sae_utils.SAE, rows: torch.Tensor, batch_size: int, l1_coeff: float):
     """DataLoader over a TensorDataset, nn.Linear, autograd, Adam, loss.item()."""
     d_in, d_sae = sae.d_in, sae.d_sae
@@ -441,7 +454,7 @@ def floor_steps(sae: sae_utils.SAE, rows: torch.Tensor, batch_size: int):
 
     def steps():
         for _ in range(len(rows) // batch_size):
-            torch.addmm(trainer.b_enc, x, trainer.W_enc.T, out=pre_acts)
+            sae_utils.linear(x, trainer.W_enc, trainer.b_enc, out=pre_acts)
             optimizer.step()
 
     return steps
@@ -537,7 +550,7 @@ def bench_patching(rounds: int, quick: bool) -> list[dict]:
     as a plain function, for which the whole SAE has to run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, d_sae, new = (128, 1024, 8) if quick else (1152, 9216, 32)
-    model = gemma_shape(32_768, hidden, 2, 4, 6 * hidden, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    model = sae_utils.with_linear(gemma_shape(32_768, hidden, 2, 4, 6 * hidden, torch.bfloat16 if device == "cuda" else torch.float32, device))
     hook = "model.layers.1.mlp.down_proj"
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 5, "<bos>": 2}, unk_token="a")), bos_token="<bos>")
     prompts = [[2, *window[1:32]] for window in random_windows(8, True)]
@@ -632,7 +645,7 @@ def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int
     sae = sae_with_l0(d_in, 8 * d_in, 32, torch.nn.functional.normalize(x - x.mean(0), dim=1))
     theirs = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=d_in, d_sae=8 * d_in))
     theirs.load_state_dict({name: value for name, value in sae.state_dict().items() if name in theirs.state_dict()})
-    proxy = HookedProxyLM(lm, tokenizer, hook_names=[hook])
+    proxy = HookedProxyLM(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), tokenizer, hook_names=[hook])  # as transformers makes it
     store = ActivationsStore(
         proxy, datasets.Dataset.from_dict({"text": documents}), streaming=False, hook_name=hook, hook_head_index=None, context_size=128, d_in=d_in, n_batches_in_buffer=8,
         total_training_tokens=10**9, store_batch_size_prompts=16, train_batch_size_tokens=512, prepend_bos=True, normalize_activations="none", device=torch.device("cpu"),
@@ -725,7 +738,7 @@ def bench_peers_pages(run: str, rounds: int, n_windows: int = 128, n_features: i
     return results
 
 
-PARTS = {"harvest": bench_harvest, "memory": bench_memory, "features": bench_features, "training": bench_training, "patching": bench_patching, "peers": bench_peers}
+PARTS = {"products": bench_products, "harvest": bench_harvest, "memory": bench_memory, "features": bench_features, "training": bench_training, "patching": bench_patching, "peers": bench_peers}
 
 
 def main() -> None:

@@ -59,6 +59,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "repeats: tells nothing more about other versions of the packages (make test-latest leaves it out)")
 
 
+@pytest.fixture(params=["torch's choice", *["oneDNN"] * hasattr(torch.ops.mkldnn, "_linear_pointwise")])
+def products(request, monkeypatch):
+    """Every matrix product of ours as torch likes it, or by oneDNN, however small it is and whatever the processor."""
+    monkeypatch.setattr(sae_utils, "through_onednn", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(sae_utils, "ONEDNN_FROM", 1)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def fresh_seed():
     """Inputs are new on every run; a failing test prints the seed that repeats them."""

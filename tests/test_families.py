@@ -103,9 +103,9 @@ def test_the_norm_after_the_hook(family):
     for layer in (0, 2):
         hook = hook_of(model, layer)
         expected = f"model.layers.{layer}.{NORMS[family]}" if family in NORMS else ""
-        assert u.post_norm_name(model, hook) == expected
+        assert fidelity.post_norm_name(model, hook) == expected
         if hook.endswith(".mlp.down_proj"):
-            assert u.post_norm_name(model, hook.removesuffix(".down_proj")) == expected  # the MLP as a whole
+            assert fidelity.post_norm_name(model, hook.removesuffix(".down_proj")) == expected  # the MLP as a whole
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -139,17 +139,17 @@ def test_keys_that_later_layers_take_from_earlier_ones():
 def test_the_norm_inside_a_model_that_sees():
     config = test_activations.FAMILIES["gemma3"]
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert u.post_norm_name(model, hook_of(model)) == "model.language_model.layers.1.post_feedforward_layernorm"
+    assert fidelity.post_norm_name(model, hook_of(model)) == "model.language_model.layers.1.post_feedforward_layernorm"
 
 
 def test_the_norm_after_other_hooks():
     model, passes = tiny("gemma3_text", intermediate_size=16), []
     model.model.layers[2].register_forward_pre_hook(lambda *a: passes.append(1))
-    assert u.post_norm_name(model, "model.layers.1.self_attn.o_proj") == "model.layers.1.post_attention_layernorm"
-    assert u.post_norm_name(model, "model.layers.1.mlp.gate_proj") == ""  # what follows is an activation function inside the MLP
-    assert u.post_norm_name(model, "model.layers.1") == u.post_norm_name(model, "model.norm") == ""
+    assert fidelity.post_norm_name(model, "model.layers.1.self_attn.o_proj") == "model.layers.1.post_attention_layernorm"
+    assert fidelity.post_norm_name(model, "model.layers.1.mlp.gate_proj") == ""  # what follows is an activation function inside the MLP
+    assert fidelity.post_norm_name(model, "model.layers.1") == fidelity.post_norm_name(model, "model.norm") == ""
     model.model.layers[1].mlp.down_proj.weight.zero_()  # a norm makes nothing of nothing, and is one all the same
-    assert u.post_norm_name(model, "model.layers.1.mlp.down_proj") == "model.layers.1.post_feedforward_layernorm"
+    assert fidelity.post_norm_name(model, "model.layers.1.mlp.down_proj") == "model.layers.1.post_feedforward_layernorm"
     assert not passes  # each pass ends with the layer
 
 

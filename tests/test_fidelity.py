@@ -38,7 +38,7 @@ def through(sae):
 
 
 def measured(model, tokenizer, sae, windows, mean, document=None):
-    norm = u.post_norm_name(model, HOOK)
+    norm = fidelity.post_norm_name(model, HOOK)
     x = torch.cat([u.run_to_hook(model, HOOK, *u.pad([window]))[0, 1:] for window in windows])  # all but BOS
     arms = fidelity.arms(HOOK, mean, (norm, fidelity.mean_after(model, norm, x, torch.arange(len(x)))), **through(sae))
     sums = fidelity.text_sums(model, tokenizer, arms, windows)
@@ -66,7 +66,7 @@ def test_cross_entropies_against_one_window_at_a_time(model, tokenizer, sae, win
 
 def test_mean_ablation_after_the_norm(model, tokenizer, sae, windows):
     norm = "model.layers.1.post_feedforward_layernorm"
-    assert u.post_norm_name(model, HOOK) == norm
+    assert fidelity.post_norm_name(model, HOOK) == norm
     mean = torch.cat([u.run_to_hook(model, norm, *u.pad([window]))[0, 1:].double() for window in windows]).mean(0)  # all but BOS
     rows = torch.cat([u.run_to_hook(model, HOOK, *u.pad([window]))[0, 1:] for window in windows])
     torch.testing.assert_close(fidelity.mean_after(model, norm, rows, torch.arange(len(rows)), chunk=64).double(), mean, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import gemma
 
 import harvest
 import sae_utils as u
@@ -23,6 +24,62 @@ def test_encode_and_decode_are_the_equations(sae):
     x_hat = (acts @ sae.W_dec.double() + sae.b_dec.double()) * norm + sae.mean.double()
     torch.testing.assert_close(sae.encode(x).double(), acts, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sae(x).double(), x_hat, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("layout", ["as they come", "transposed", "every other", "one row repeated", "of three dimensions", "nothing"])
+def test_a_product_is_the_product(layout, out, bias, products):
+    d, n = 24, 40
+    x, weight = torch.randn(18, d), torch.randn(n, d)
+    if layout == "transposed":
+        x, weight = torch.randn(d, 18).T, torch.randn(d, n).T
+    elif layout == "every other":
+        x, weight = torch.randn(36, 2 * d)[::2, ::2], torch.randn(2 * n, 2 * d)[::2, ::2]
+    elif layout == "one row repeated":
+        x, weight = torch.randn(d).expand(18, d), weight[torch.randint(n, (n,))]
+    elif layout == "nothing":
+        x = x[:0]
+    elif layout == "of three dimensions":
+        x = torch.randn(6, d, 3).transpose(1, 2)
+    b = torch.randn(n) if bias else None
+    expected = x.double() @ weight.double().T + (b.double() if bias else 0)
+    got = u.linear(x, weight, b, out=torch.empty(len(x), n) if out and x.dim() == 2 else None)
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_of_which_gradients_are_wanted_has_them(products):
+    x, weight, bias, slope = torch.randn(9, 5), torch.randn(7, 5, requires_grad=True), torch.randn(7, requires_grad=True), torch.randn(9, 7)
+    found = torch.autograd.grad(u.linear(x, weight, bias), (weight, bias), slope)
+    torch.testing.assert_close(found, (slope.T @ x, slope.sum(0)))
+
+
+def test_a_models_linear_layers_are_ours_and_compute_the_same(products):
+    model, ids = gemma(), torch.randint(4, 24, (3, 7))
+    plain = model(input_ids=ids).logits
+    ours = u.with_linear(model)
+    assert ours is model and {type(module) for module in ours.modules() if isinstance(module, torch.nn.Linear)} == {u.Linear}
+    torch.testing.assert_close(ours(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-5)
+    other = type("Other", (torch.nn.Linear,), {})
+    assert type(u.with_linear(torch.nn.Sequential(other(2, 3)))[0]) is other
+
+
+@pytest.mark.parametrize("maker", ["AuthenticAMD", "GenuineIntel"])
+@pytest.mark.parametrize("can", ["AVX512", "AVX2"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_onednn_is_asked_on_amd_processors_with_avx512(maker, can, listed, monkeypatch):
+    monkeypatch.setattr(u.platform, "processor", lambda: "" if listed else f"AMD64 Family 26, {maker}")
+    monkeypatch.setattr(u.Path, "exists", lambda path: listed)
+    monkeypatch.setattr(u.Path, "read_text", lambda path: f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: can)
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    u.through_onednn.cache_clear()
+    try:
+        found = u.through_onednn()
+    finally:
+        u.through_onednn.cache_clear()
+    assert found == (there and maker == "AuthenticAMD" and can == "AVX512")
 
 
 @pytest.mark.parametrize("norm_scale", [0.0, 3.7])

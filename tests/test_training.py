@@ -69,7 +69,7 @@ def without_part_along_rows(gradient: Tensor, W_dec: Tensor) -> Tensor:
 @pytest.mark.parametrize("apply_b_dec", [False, True])
 @pytest.mark.parametrize("path", ["dense", "sparse", "autograd"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_equal_autograd(architecture, path, apply_b_dec, with_dead):
+def test_gradients_equal_autograd(architecture, path, apply_b_dec, with_dead, products):
     sae, x = make_sae(architecture, apply_b_dec), unit_rows()
     trainer = training.Trainer(sae, L1, AUX, sparse_below=2.0 if path == "sparse" else 0.0, kernel=path != "autograd")
     assert trainer.kernel == (path != "autograd")
@@ -114,7 +114,7 @@ def learnt(sae: u.SAE, trainer: training.Trainer, x: Tensor) -> dict[str, Tensor
 
 @pytest.mark.parametrize("path", ["dense", "sparse", "autograd"])
 @pytest.mark.parametrize("k", [0, K])
-def test_gradients_of_jumprelu_by_hand(k, path):
+def test_gradients_of_jumprelu_by_hand(k, path, products):
     """The formulas written out in float64: to the threshold through a ramp, to the rest as if it were fixed."""
     sae, x, weight = u.SAE(D_IN, D_SAE, seed=3, architecture="jumprelu", k=k).requires_grad_(False), unit_rows(), 0.7
     sae.b_enc.normal_(std=0.1)
