@@ -71,9 +71,9 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
     whole = seconds(lambda: model(input_ids=ids[:1], use_cache=False).logits.logsumexp(-1)) / length
     step, first_step = training.probe(sae, sae.normalise(x[: params["batch_size"]])[0], params["l1_coeff"], params["auxk_weight"], params["l0_weight"])
     encode = seconds(lambda: sae.encode(x)) / len(x)
-    near = seconds(lambda: (x @ sae.W_dec.T).argmax(-1)) / len(x)
-    part = torch.randn(d_in, min(vocab, 16384), generator=generator).to(device)  # of the head
-    head = seconds(lambda: [(sign * (sae.W_dec[:256] @ part)).topk(10, dim=1) for sign in (1, -1)]) / min(256, d_sae) * vocab / part.shape[1]
+    near = seconds(lambda: sae_utils.linear(x, sae.W_dec).argmax(-1)) / len(x)
+    part = torch.randn(min(vocab, 16384), d_in, generator=generator).to(device)  # of the head
+    head = seconds(lambda: [(sign * sae_utils.linear(sae.W_dec[:256], part)).topk(10, dim=1) for sign in (1, -1)]) / min(256, d_sae) * vocab / len(part)
     figure = seconds(draw)
     few = seconds(lambda: sae.encode(x[:1024], torch.arange(min(64, d_sae), device=device))) / 1024
 

@@ -228,7 +228,7 @@ def slopes(model, tokenizer, hook_name: str, sae: sae_utils.SAE, texts: list[lis
     with torch.no_grad():
         _, norm = sae.normalise(caught["x"].detach())
         pushed = torch.where(tracker.where(scope)[:, :, None], (gradient.float() * norm).reshape(*ids.shape, -1), 0.0).sum((0, 1))
-        return ((pushed @ sae.W_dec.T) * sae.max_act).cpu()
+        return (sae_utils.linear(pushed, sae.W_dec) * sae.max_act).cpu()
 
 
 # ---------------------------------------------------------------------------------------------

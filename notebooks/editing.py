@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sae_utils import SAE, UserError, check_latent, first_output, pad, special_ids
+from sae_utils import SAE, UserError, check_latent, first_output, linear, pad, special_ids
 
 # ---------------------------------------------------------------------------------------------
 # Edits: acts -> acts
@@ -468,7 +468,7 @@ class SAEIntervenableMLP(nn.Module):
             reconstruction = sae.denormalise(sae.decode_unit(patched), norm).to(x.dtype)
             return torch.where(at(self.tracker.text, x), reconstruction, x) if self.tracker else reconstruction
         changed = (patched != acts) & ~(patched.isnan() & acts.isnan())
-        delta = ((patched - acts) @ (sae.W_dec if self.columns is None else sae.W_dec[self.columns])) * norm
+        delta = linear(patched - acts, (sae.W_dec if self.columns is None else sae.W_dec[self.columns]).T) * norm
         return torch.where(changed.any(-1, keepdim=True), x + delta.to(x.dtype), x)
 
 

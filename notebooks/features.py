@@ -401,10 +401,10 @@ def token_effects(model, hook_name: str, sae: sae_utils.SAE, windows: list[list[
         moved = moved @ mean_jacobian(copy.deepcopy(model.get_submodule(after)).float(), pick(at_post[0])).T
     for module, taken, _ in path:
         moved = moved @ mean_jacobian(copy.deepcopy(module).float(), pick(taken)).T
-    weight = head.weight.float().T  # once: with 262,144 tokens it is a gigabyte
+    weight = head.weight.float()  # once: with 262,144 tokens it is a gigabyte
     results = {name: [] for name in ("promoted", "promoted_by", "suppressed", "suppressed_by", "logit_histogram")}
-    for part in moved.split(max(1, min(256, 2**25 // weight.shape[1]))):  # 128 MB of logits
-        logits = part @ weight
+    for part in moved.split(max(1, min(256, 2**25 // len(weight)))):  # 128 MB of logits
+        logits = sae_utils.linear(part, weight)
         for name, largest in (("promoted", True), ("suppressed", False)):
             best = logits.topk(min(k, logits.shape[1]), dim=1, largest=largest)
             results[name].append(best.indices.int().cpu())

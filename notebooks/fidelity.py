@@ -331,6 +331,21 @@ def enough(sums: Tensor, document, names: list[str], least: int = 32) -> bool:
     return len(by) > 1 and bool(half <= max(mean.abs() / 3, min(gap / 200, 0.002)))
 
 
+def compared(logits: Tensor, clean: Tensor, p: Tensor, said: Tensor, held: int = 2**19) -> Tensor:
+    """(n, 5), the columns TEXT_SUMS, of logits (n, d_vocab) beside the `clean` ones, whose softmax is `p`, where the
+    tokens `said` (n,) come next. On a CPU few tokens at a time, about `held` logits, with memory that is used again:
+    what does not stay in a core's cache between one operation and the next takes several times as long."""
+    size, values = max(1, held // logits.shape[1] if logits.device.type == "cpu" else len(logits)), []
+    difference = torch.empty_like(logits[:size])
+    for own, other, share, token in zip(*(t.split(size) for t in (logits, clean, p, said)), strict=True):
+        norm, clean_norm = own.logsumexp(-1), other.logsumexp(-1)
+        ce, clean_ce = (total - x.gather(1, token[:, None])[:, 0] for total, x in ((norm, own), (clean_norm, other)))
+        # the difference first: both are large, it is not
+        kl = torch.linalg.vecdot(share, torch.sub(other, own, out=difference[: len(own)])) + norm - clean_norm
+        values.append(torch.stack([ce, ce - clean_ce, kl, (own.argmax(-1) != other.argmax(-1)).float(), torch.ones_like(ce)], 1))
+    return torch.cat(values)
+
+
 @torch.inference_mode()
 def text_sums(
     model, tokenizer, arms: dict, windows: list[list[int]], document=None, keep: Path | None = None, key: str = "", minutes: float = 2.0, baselines_every: int = 1
@@ -376,17 +391,12 @@ def text_sums(
                 return editing.logits_at(model, ids, mask, predicted)[0].float()
 
         clean = logits_of(None)
-        p, norm, first = clean.softmax(-1), clean.logsumexp(-1), clean.argmax(-1)
-        clean_ce = norm - clean.gather(1, said[:, None])[:, 0]
+        p = clean.softmax(-1)
         for a, (name, arm) in enumerate(arms.items()):
             if name not in ("clean", "sae") and number % baselines_every:
                 continue
             logits = logits_of(arm) if arm else clean
-            own = logits.logsumexp(-1)
-            ce, changed = own - logits.gather(1, said[:, None])[:, 0], logits.argmax(-1) != first
-            kl = torch.linalg.vecdot(p, clean - logits) + own - norm  # the difference first: both are large, it is not
-            values = torch.stack([ce, ce - clean_ce, kl, changed.float(), torch.ones_like(ce)], 1)
-            sums[done : done + len(batch), a].index_add_(0, owner.cpu(), values.cpu().double())
+            sums[done : done + len(batch), a].index_add_(0, owner.cpu(), compared(logits, clean, p, said).cpu().double())
         done, number = done + len(batch), number + 1
         ended = ends()
         if keep and (due() or ended or done == len(windows)):

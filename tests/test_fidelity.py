@@ -64,6 +64,17 @@ def test_cross_entropies_against_one_window_at_a_time(model, tokenizer, sae, win
     assert flat["ce_spliced"] == table["sae"]["ce"][0] and flat["ce_zero"] == table["zero"]["ce"][0] and flat["kl"] == table["sae"]["kl"][0]
 
 
+@pytest.mark.parametrize("held", [1, 70, 10**6])
+def test_logits_beside_clean_ones_by_hand(held):
+    clean, said = torch.randn(11, 23) * 4 + 100, torch.randint(23, (11,))
+    logits = clean + torch.randn(11, 23) * 0.1
+    p, q = clean.double().log_softmax(-1), logits.double().log_softmax(-1)
+    ce = -q[torch.arange(11), said]
+    kl, changed = (p.exp() * (p - q)).sum(1), (p.argmax(1) != q.argmax(1)).double()
+    found = fidelity.compared(logits, clean, clean.softmax(-1), said, held).double()
+    torch.testing.assert_close(found, torch.stack([ce, ce + p[torch.arange(11), said], kl, changed, torch.ones(11)], 1), rtol=1e-4, atol=3e-5)
+
+
 def test_mean_ablation_after_the_norm(model, tokenizer, sae, windows):
     norm = "model.layers.1.post_feedforward_layernorm"
     assert fidelity.post_norm_name(model, HOOK) == norm
