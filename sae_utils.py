@@ -228,10 +228,13 @@ class Linear(nn.Linear):
 
 
 def with_linear(model):
-    """The model, its own linear layers changed to `Linear`, in place; layers of any other class stay as they are."""
+    """The model, its linear layers changed in place to ones by `linear`, GPT-2's too, which hold the transpose; layers of
+    any other class, such as quantised ones, stay as they are."""
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = type("Conv1D", (Conv1D,), {"forward": lambda self, x: linear(x, self.weight.T, self.bias)})
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = Linear
+        module.__class__ = {nn.Linear: Linear, Conv1D: transposed}.get(type(module), type(module))
     return model
 
 

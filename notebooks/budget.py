@@ -13,7 +13,7 @@ import showing
 import training
 
 PLACES = 20 * 17  # shown of each latent, and the tokens around each, whose activations are worked out one by one
-WINDOWS = 40  # after which the cross-entropies of a middling layer are known well enough, as measured
+WINDOWS = 52  # after about so many the cross-entropies of a middling layer are known well enough: 40 to 64 in three runs
 FIGURES = 850  # as many small figures are drawn in the time that pages, report, TensorBoard and start take, as measured on three models
 
 
@@ -89,7 +89,7 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
         {"stage": "training", "seconds": steps * step + min(steps, 200) * (first_step - step), "bytes": training.step_bytes(sae, params["batch_size"], params["auxk_weight"])},
         {"stage": "scores and baselines", "seconds": 6 * held_out * 2 * encode + 10 * lloyd * near, "bytes": 4 * lloyd * d_in},
         {"stage": "cross-entropies", "seconds": min(WINDOWS, params["eval_windows"]) * window, "at_most": params["eval_windows"] * window, "bytes": 4 * min(4, 2**27 // (logits // 4) + 1) * logits},
-        {"stage": "contexts", "seconds": n * encode + 0.5 * d_sae * PLACES * few, "bytes": d_sae * 320 * 16 + 160_000_000},
+        {"stage": "contexts", "seconds": 1.4 * (n * encode + 0.5 * d_sae * PLACES * few), "bytes": d_sae * 320 * 16 + 160_000_000},
         {"stage": "effects", "seconds": d_sae * head + 20 * 2 * 16 * 0.8 * length * 2 * to_hook, "bytes": 4 * vocab * (d_in + 256)},
         {"stage": "pages, start and rest", "seconds": FIGURES * figure + d_sae * 5e4 * figure / 1e6, "bytes": d_sae * 4000},
     ]  # fmt: skip

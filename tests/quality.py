@@ -342,10 +342,10 @@ def main() -> None:
     parser.add_argument("--lr", default="5e-4,1e-3,2e-3", help="rates of SAELens, for `saelens`")
     parser.add_argument("--short", default="", help="other numbers of steps of ours, for `saelens`")
     parser.add_argument("--grid", action="store_true")
-    parser.add_argument("--only", default="", help="recipes whose names hold one of these, parted by commas")
+    parser.add_argument("--only", default="", help="recipes whose names hold one of these, parted by semicolons")
     options = parser.parse_args()
     options.steps = options.steps or {"rows": 2195, "saelens": 2195, "front": 880}.get(options.model, 6000)
-    wanted = lambda recipes: {name: recipe for name, recipe in recipes.items() if any(part in name for part in options.only.split(","))}
+    wanted = lambda recipes: {name: recipe for name, recipe in recipes.items() if any(part in name for part in options.only.split(";"))}
     torch.set_flush_denormal(True)
     if options.model == "known":
         recipes = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.15, 0.3, 0.6)}

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import gemma
+from conftest import gemma, gpt2
+from transformers.pytorch_utils import Conv1D
 
 import harvest
 import sae_utils as u
@@ -55,11 +56,13 @@ def test_a_product_of_which_gradients_are_wanted_has_them(products):
     torch.testing.assert_close(found, (slope.T @ x, slope.sum(0)))
 
 
-def test_a_models_linear_layers_are_ours_and_compute_the_same(products):
-    model, ids = gemma(), torch.randint(4, 24, (3, 7))
+@pytest.mark.parametrize(("make", "kind"), [(gemma, torch.nn.Linear), (gpt2, Conv1D)])
+def test_a_models_linear_layers_are_ours_and_compute_the_same(make, kind, products):
+    model, ids = make(), torch.randint(4, 24, (3, 7))
     plain = model(input_ids=ids).logits
     ours = u.with_linear(model)
-    assert ours is model and {type(module) for module in ours.modules() if isinstance(module, torch.nn.Linear)} == {u.Linear}
+    there = {type(module) for module in ours.modules() if isinstance(module, kind)}
+    assert ours is model and len(there) == 1 and kind not in there
     torch.testing.assert_close(ours(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-5)
     other = type("Other", (torch.nn.Linear,), {})
     assert type(u.with_linear(torch.nn.Sequential(other(2, 3)))[0]) is other
