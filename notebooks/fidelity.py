@@ -395,8 +395,8 @@ def text_sums(
         for a, (name, arm) in enumerate(arms.items()):
             if name not in ("clean", "sae") and number % baselines_every:
                 continue
-            logits = logits_of(arm) if arm else clean
-            sums[done : done + len(batch), a].index_add_(0, owner.cpu(), compared(logits, clean, p, said).cpu().double())
+            values = compared(logits_of(arm) if arm else clean, clean, p, said)
+            sums[done : done + len(batch), a].index_add_(0, owner.cpu(), values.cpu().double())
         done, number = done + len(batch), number + 1
         ended = ends()
         if keep and (due() or ended or done == len(windows)):
