@@ -83,12 +83,12 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
     window = length * (to_hook + arms * 0.85 * after)  # several windows at a time are a little quicker than the one of the trial
     lloyd = min(n - held_out, 200_000)
     rows_bytes = 2 if params["activation_dtype"] != "float32" else 4
-    logits = 4 * vocab * length
+    logits = 4 * vocab * length * max(1, min(32, 2**27 // (vocab * length)))  # of a batch as `editing.batches` makes them
     return [
         {"stage": "activations", "seconds": 0.0 if stored else n * to_hook * length / (length - 1), "bytes": n * d_in * rows_bytes},
         {"stage": "training", "seconds": steps * step + min(steps, 200) * (first_step - step), "bytes": training.step_bytes(sae, params["batch_size"], params["auxk_weight"])},
         {"stage": "scores and baselines", "seconds": 6 * held_out * 2 * encode + 10 * lloyd * near, "bytes": 4 * lloyd * d_in},
-        {"stage": "cross-entropies", "seconds": min(WINDOWS, params["eval_windows"]) * window, "at_most": params["eval_windows"] * window, "bytes": 3 * min(4, 2**27 // (logits // 4) + 1) * logits},
+        {"stage": "cross-entropies", "seconds": min(WINDOWS, params["eval_windows"]) * window, "at_most": params["eval_windows"] * window, "bytes": 3 * logits},
         {"stage": "contexts", "seconds": 1.4 * (n * encode + 0.5 * d_sae * PLACES * few), "bytes": d_sae * 320 * 16 + 160_000_000},
         {"stage": "effects", "seconds": d_sae * head + 20 * 2 * 16 * 0.8 * length * 2 * to_hook, "bytes": 4 * vocab * (d_in + 256)},
         {"stage": "pages, start and rest", "seconds": FIGURES * figure + d_sae * 5e4 * figure / 1e6, "bytes": d_sae * 4000},

@@ -34,7 +34,8 @@ def test_stages_by_hand(planned):
     assert found["training"]["seconds"] == pytest.approx(10 * 360 * 0.01 + 200 * 0.02)
     assert found["activations"]["bytes"] == 200_000 * 16 * 2
     window = 101 * (2 / batch + 3.5 * 0.85 * (2 / 101 - 2 / batch))  # three arms and a half on average
-    assert found["cross-entropies"]["at_most"] == pytest.approx(400 * window) and found["cross-entropies"]["seconds"] == pytest.approx(40 * window)
+    assert found["cross-entropies"]["at_most"] == pytest.approx(400 * window) and found["cross-entropies"]["seconds"] == pytest.approx(52 * window)
+    assert found["cross-entropies"]["bytes"] == 3 * 4 * 24 * 101 * 32  # three batches of logits, of 32 windows each
 
 
 def test_what_does_not_fit_is_told(monkeypatch):
