@@ -72,7 +72,7 @@ def in_turns(rows: torch.Tensor, index: torch.Tensor, expansion: int, steps: int
             yield sae
 
 
-FALLING = {"warmup_steps": 50, "lr_min_ratio": 0.0, "lr_decay_fraction": 1.0, "dead_after": 20_000}  # as in params/
+FALLING = {"warmup_steps": 50, "lr_min_ratio": 0.0, "lr_decay_fraction": 1.0, "dead_after": 10_000}  # as in params/
 
 RECIPES = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.06, 0.147, 0.35)}
 RECIPES |= {f"{name}, unit": recipe | {"normalize": "unit"} for name, recipe in RECIPES.items()}
