@@ -24,7 +24,7 @@ from sae_utils import nonzero_flat
 
 # Share of active entries below which the sparse step is the faster one on a CPU: `make bench
 # PART=training` prints both around it.
-SPARSE_BELOW = 0.08
+SPARSE_BELOW = 0.06
 CHECKPOINT_VERSION = 2
 FIRST_K = 3.0  # how many times k latents are kept in the first step, where k is let fall
 THRESHOLD_DECAY = 0.99  # of the running mean of the smallest activation that a batch keeps
