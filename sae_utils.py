@@ -212,29 +212,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
     the product is no small one, and nothing is differentiated. `out`: memory that may be used; what is returned counts.
     `torch.backends.mkldnn.flags(enabled=False)` keeps to torch's choice."""
     given = [t for t in (x, weight, bias) if t is not None]
-    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given) and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
-    if plain and x.numel() * len(weight) >= ONEDNN_FROM and torch.backends.mkldnn.enabled and through_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # what torch.compile calls; it has no gradient
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given) and x.numel() * len(weight) >= ONEDNN_FROM
+    # What is called below has no derivatives, and says nothing: with forward-mode ones (torch.func.jvp) they would be zero.
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in given) or torch.autograd.forward_ad._current_level >= 0
+    if plain and not differentiated and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling() and through_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # what torch.compile calls
     if out is None:
         return F.linear(x, weight, bias)
     return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
 
 
-class Linear(nn.Linear):
-    """A linear layer by `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+@cache
+def by_linear(kind: type) -> type:
+    """The class `kind`, nn.Linear or GPT-2's Conv1D, which holds the transpose, with its product by `linear`. Pickled or
+    copied its layers are of `kind` again, so that a model saved as a whole needs nothing of this project."""
+    forward = lambda self, x: linear(x, self.weight if kind is nn.Linear else self.weight.T, self.bias)
+    return type(kind.__name__, (kind,), {"forward": forward, "__reduce__": lambda self: (kind.__new__, (kind,), self.__dict__)})
 
 
 def with_linear(model):
-    """The model, its linear layers changed in place to ones by `linear`, GPT-2's too, which hold the transpose; layers of
-    any other class, such as quantised ones, stay as they are."""
+    """The model, its linear layers changed in place to those of `by_linear`; any other class, such as quantised ones, stays."""
     from transformers.pytorch_utils import Conv1D
 
-    transposed = type("Conv1D", (Conv1D,), {"forward": lambda self, x: linear(x, self.weight.T, self.bias)})
     for module in model.modules():
-        module.__class__ = {nn.Linear: Linear, Conv1D: transposed}.get(type(module), type(module))
+        if type(module) in (nn.Linear, Conv1D):
+            module.__class__ = by_linear(type(module))
     return model
 
 

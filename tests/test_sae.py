@@ -1,7 +1,9 @@
 """The autoencoder, its files, the learning rate."""
 
+import copy
 import errno
 import os
+import pickle
 import re
 
 import numpy as np
@@ -45,8 +47,11 @@ def test_a_product_is_the_product(layout, out, bias, products):
         x = torch.randn(6, d, 3).transpose(1, 2)
     b = torch.randn(n) if bias else None
     expected = x.double() @ weight.double().T + (b.double() if bias else 0)
-    got = u.linear(x, weight, b, out=torch.empty(len(x), n) if out and x.dim() == 2 else None)
+    memory = torch.empty(len(x), n) if out and x.dim() == 2 else None
+    got = u.linear(x, weight, b, out=memory)
     assert got.shape == expected.shape
+    if memory is not None:
+        assert (got is memory) == (products != "oneDNN" or layout == "nothing")  # so each way was gone
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -54,6 +59,14 @@ def test_a_product_of_which_gradients_are_wanted_has_them(products):
     x, weight, bias, slope = torch.randn(9, 5), torch.randn(7, 5, requires_grad=True), torch.randn(7, requires_grad=True), torch.randn(9, 7)
     found = torch.autograd.grad(u.linear(x, weight, bias), (weight, bias), slope)
     torch.testing.assert_close(found, (slope.T @ x, slope.sum(0)))
+    weight, direction = weight.detach(), torch.randn(9, 5)
+    _, forward = torch.func.jvp(lambda x: u.linear(x, weight), (x,), (direction,))
+    torch.testing.assert_close(forward, direction @ weight.T)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = u.linear(torch.autograd.forward_ad.make_dual(x, direction), weight)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, direction @ weight.T)
+    each = torch.func.vmap(lambda x: u.linear(x, weight))(x.expand(3, 9, 5))
+    torch.testing.assert_close(each, (x @ weight.T).expand(3, 9, 7))
 
 
 @pytest.mark.parametrize(("make", "kind"), [(gemma, torch.nn.Linear), (gpt2, Conv1D)])
@@ -64,6 +77,8 @@ def test_a_models_linear_layers_are_ours_and_compute_the_same(make, kind, produc
     there = {type(module) for module in ours.modules() if isinstance(module, kind)}
     assert ours is model and len(there) == 1 and kind not in there
     torch.testing.assert_close(ours(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-5)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert kind in {type(module) for module in again.modules()} and torch.equal(again(input_ids=ids).logits, plain)
     other = type("Other", (torch.nn.Linear,), {})
     assert type(u.with_linear(torch.nn.Sequential(other(2, 3)))[0]) is other
 
