@@ -8,6 +8,7 @@ import psutil
 import torch
 from matplotlib.figure import Figure
 
+import editing
 import sae_utils
 import showing
 import training
@@ -83,7 +84,7 @@ def stages(model, hook_name: str, sae: sae_utils.SAE, params: dict, stored: bool
     window = length * (to_hook + arms * 0.85 * after)  # several windows at a time are a little quicker than the one of the trial
     lloyd = min(n - held_out, 200_000)
     rows_bytes = 2 if params["activation_dtype"] != "float32" else 4
-    logits = 4 * vocab * length * max(1, min(32, 2**27 // (vocab * length)))  # of a batch as `editing.batches` makes them
+    logits = 4 * vocab * length * editing.batch_size(length, vocab)
     return [
         {"stage": "activations", "seconds": 0.0 if stored else n * to_hook * length / (length - 1), "bytes": n * d_in * rows_bytes},
         {"stage": "training", "seconds": steps * step + min(steps, 200) * (first_step - step), "bytes": training.step_bytes(sae, params["batch_size"], params["auxk_weight"])},

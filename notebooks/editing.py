@@ -556,11 +556,16 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     return [row[: next((i for i, t in enumerate(row) if t in ends), len(row))] for row in new]
 
 
+def batch_size(formed: int, d_vocab: int, most: int = 32) -> int:
+    """How many windows go together where logits are formed at `formed` places of each: 128M numbers at most, 0.5 GB in float32."""
+    return max(1, min(most, 2**27 // (formed * d_vocab)))
+
+
 def batches(windows: list[list[int]], model, most: int = 32, formed: int = 0):
-    """Lists of windows small enough for their logits (128M numbers at most, 0.5 GB in float32). `formed`: at how many
-    places of each window logits are formed; 0 is at all of them."""
+    """Lists of windows small enough for their logits (`batch_size`). `formed`: at how many places of each window logits
+    are formed; 0 is at all of them."""
     formed = formed or max(map(len, windows), default=1)
-    size = max(1, min(most, 2**27 // (formed * model.config.get_text_config().vocab_size)))
+    size = batch_size(formed, model.config.get_text_config().vocab_size, most)
     for start in range(0, len(windows), size):
         yield windows[start : start + size]
 
