@@ -645,7 +645,8 @@ def bench_peers_run(model: str, text: str, layer: int, rounds: int, windows: int
     sae = sae_with_l0(d_in, 8 * d_in, 32, torch.nn.functional.normalize(x - x.mean(0), dim=1))
     theirs = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=d_in, d_sae=8 * d_in))
     theirs.load_state_dict({name: value for name, value in sae.state_dict().items() if name in theirs.state_dict()})
-    proxy = HookedProxyLM(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), tokenizer, hook_names=[hook])  # as transformers makes it
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False)  # with torch's own products
+    proxy = HookedProxyLM(plain, tokenizer, hook_names=[hook])
     store = ActivationsStore(
         proxy, datasets.Dataset.from_dict({"text": documents}), streaming=False, hook_name=hook, hook_head_index=None, context_size=128, d_in=d_in, n_batches_in_buffer=8,
         total_training_tokens=10**9, store_batch_size_prompts=16, train_batch_size_tokens=512, prepend_bos=True, normalize_activations="none", device=torch.device("cpu"),
