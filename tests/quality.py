@@ -345,7 +345,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="recipes whose names hold one of these, parted by semicolons")
     options = parser.parse_args()
     options.steps = options.steps or {"rows": 2195, "saelens": 2195, "front": 880}.get(options.model, 6000)
-    wanted = lambda recipes: {name: recipe for name, recipe in recipes.items() if any(part in name for part in options.only.split(";"))}
+
+    def wanted(recipes: dict) -> dict:
+        parts = options.only.split(";")
+        if lost := [part for part in parts if not any(part in name for name in recipes)]:
+            parser.error(f"no recipe's name holds {lost[0]!r} (parts are parted by semicolons); there are: {'; '.join(recipes)}")
+        return {name: recipe for name, recipe in recipes.items() if any(part in name for part in parts)}
+
     torch.set_flush_denormal(True)
     if options.model == "known":
         recipes = {f"relu, L1 weight {w}": {"l1_weight": w} for w in (0.15, 0.3, 0.6)}
