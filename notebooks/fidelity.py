@@ -163,6 +163,46 @@ def drawn(windows: Tensor, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
+def score_rows(sae: sae_utils.SAE, activations: Tensor, index: Tensor, chunk: int = 4096) -> dict:
+    """Figures of the SAE on the rows `index`, whatever the chunk size.
+
+    fvu: sum of squared error over sum of squared distance from these rows' mean, in the model's
+    units; mse, l1, l0: means over rows as in `training.losses`; dead: fraction of latents silent on all
+    rows. Per latent, (d_sae): density, max_act, mean_act (mean over the rows where it fires).
+    """
+    zeros = partial(torch.zeros, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
+    error, squares, shift, mse = zeros(()), zeros(()), zeros(sae.d_in), zeros(())
+    fired, total, max_act = zeros(sae.d_sae), zeros(sae.d_sae), torch.zeros(sae.d_sae)
+    for part in index.split(chunk):
+        x = activations[part].to(sae.W_enc.device).float()
+        x_unit, norm = sae.normalise(x)
+        acts = sae.encode_unit(x_unit)
+        x_unit_hat = sae.decode_unit(acts)
+        error += (sae.denormalise(x_unit_hat, norm) - x).cpu().double().square().sum()
+        centred = (x - sae.mean).cpu().double()  # near the rows' mean, so that the difference below is exact
+        squares += centred.square().sum()
+        shift += centred.sum(0)
+        mse += (x_unit_hat - x_unit).cpu().double().square().sum()
+        fired += (acts > 0).sum(0).cpu()
+        total += acts.sum(0).cpu().double()
+        max_act = torch.maximum(max_act, acts.amax(0).cpu())
+    l1 = total.sum()
+    n = len(index)
+    variance = squares - shift.square().sum() / n
+    return {
+        "rows": n,
+        "fvu": (error / variance).item() if variance > 0 else None,
+        "mse": (mse / (n * sae.d_in)).item(),
+        "l1": (l1 / n).item(),
+        "l0": (fired.sum() / n).item(),
+        "dead": (fired == 0).double().mean().item(),
+        "density": (fired / n).float(),
+        "max_act": max_act,
+        "mean_act": (total / fired.clamp_min(1)).float(),
+    }
+
+
+@torch.no_grad()
 def row_sums(through, activations: Tensor, index: Tensor, document: Tensor, chunk: int = 4096, device: str = "cpu", mean: Tensor | None = None) -> Tensor:
     """(documents, 6) float64, the columns ROW_SUMS, over the rows `index`; `document` (N,) of every row.
 

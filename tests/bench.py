@@ -283,7 +283,7 @@ def rows_in_stages(n: int) -> list[dict]:
         document = rows.window_document[rows.window]
 
         def scores():
-            found = sae_utils.score_rows(sae, rows.activations, kept["held_out"])
+            found = fidelity.score_rows(sae, rows.activations, kept["held_out"])
             sae.density.copy_(found["density"]), sae.max_act.copy_(found["max_act"])
             kept["centres"] = fidelity.kmeans(rows.activations, kept["train"], 512, 0)
             fidelity.row_sums(lambda x: fidelity.through_sae(sae, x), rows.activations, kept["held_out"], document, mean=kept["mean"])

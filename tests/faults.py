@@ -46,7 +46,7 @@ torch.set_num_threads(1)
 # A phase of a notebook, by what stands in its cell.
 PHASES = {
     "sae_training": {
-        "folder": "experiment.start_run", "harvest": "harvest.get_rows", "split": "harvest.split_windows", "train": "for epoch in range(place", "SAE": "training.settle", "held out": "held_out = sae_utils.score_rows",
+        "folder": "experiment.start_run", "harvest": "harvest.get_rows", "split": "harvest.split_windows", "train": "for epoch in range(place", "SAE": "training.settle", "held out": "held_out = fidelity.score_rows",
         "fidelity": "fidelity.text_sums", "contexts": "features.contexts(", "page": "features.write_page", "metrics": 'out_dir / "metrics.json"', "report": "report.open_report", "TensorBoard": "report.add_to_tensorboard",
     },
     "patch_neurons": {"folder": "experiment.start_patch", "choice": "choosing.candidates(", "edit": "patched = run(pairs", "controls": "patching.matched(", "doses": "doses.append", "files": "patching.write_page"},

@@ -107,8 +107,8 @@ def on_rows(options, recipes: dict) -> list[dict]:
         begin = time.perf_counter()
         sae = train(rows.activations, index, 8, options.steps, **recipe)
         seconds = time.perf_counter() - begin
-        scores = sae_utils.score_rows(sae, rows.activations, other)
-        results.append({"recipe": name, **{figure: scores[figure] for figure in ("fvu", "l0", "dead")}, "train_fvu": sae_utils.score_rows(sae, rows.activations, index[::20])["fvu"], "seconds": seconds})
+        scores = fidelity.score_rows(sae, rows.activations, other)
+        results.append({"recipe": name, **{figure: scores[figure] for figure in ("fvu", "l0", "dead")}, "train_fvu": fidelity.score_rows(sae, rows.activations, index[::20])["fvu"], "seconds": seconds})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
     return results
 
@@ -176,7 +176,7 @@ def beside_saelens(options) -> list[dict]:
                 trained[name] = now
     results = []
     for name, of in trained.items():
-        scores = sae_utils.score_rows(of, rows.activations, other) if name.startswith("ours") else saelens_scores(of, rows.activations, other, mean, scale)
+        scores = fidelity.score_rows(of, rows.activations, other) if name.startswith("ours") else saelens_scores(of, rows.activations, other, mean, scale)
         results.append({"recipe": name, **{figure: scores[figure] for figure in ("fvu", "l0", "dead")}, "seconds": seconds[name]})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
     return results
@@ -198,7 +198,7 @@ def front(options, recipes: dict) -> list[dict]:
     for (name, recipe), seed in itertools.product(recipes.items(), (0, 1)):
         begin = time.perf_counter()
         saes[name, seed] = sae = train(rows.activations, index, 4, options.steps, seed=seed, **recipe)
-        seconds, scores = time.perf_counter() - begin, sae_utils.score_rows(sae, rows.activations, other)
+        seconds, scores = time.perf_counter() - begin, fidelity.score_rows(sae, rows.activations, other)
         results.append({"recipe": name, "seed": seed, **{figure: scores[figure] for figure in ("fvu", "l0", "dead")}, "seconds": seconds})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
     mean, (_, _, components) = rows.activations[index].double().mean(0).float(), harvest.spectrum(rows.activations, index)
@@ -252,7 +252,7 @@ def on_text(options, recipes: dict) -> list[dict]:
         first = index[: int(0.9 * recipe.pop("n_activations", 10**9))]
         sae = train(rows.activations, first, 8, options.steps, **recipe)
         seconds = time.perf_counter() - begin
-        scores = sae_utils.score_rows(sae, rows.activations, other)
+        scores = fidelity.score_rows(sae, rows.activations, other)
         arms = fidelity.arms(hook, mean, sae=partial(fidelity.through_sae, sae))
         sums = fidelity.text_sums(model, tokenizer, arms, texts).sum(0)
         ce = (sums[:, 0] / sums[:, -1]).tolist()
@@ -295,7 +295,7 @@ def on_known(options, recipes: dict) -> list[dict]:
     untrained.mean.copy_(rows.mean(0))
     for name, recipe in {"untrained": None, **recipes}.items():
         sae = untrained.requires_grad_(False) if recipe is None else train(rows, torch.arange(len(rows)), 8, options.steps, **recipe)
-        scores = sae_utils.score_rows(sae, test_rows, torch.arange(len(test_rows)))
+        scores = fidelity.score_rows(sae, test_rows, torch.arange(len(test_rows)))
         results.append({"recipe": name, **recovery(sae, directions, test_rows, test_coefficients), "fvu": scores["fvu"], "l0": scores["l0"], "dead": scores["dead"]})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
     return results
@@ -328,7 +328,7 @@ def on_world(options, recipes: dict) -> list[dict]:
     for name, recipe in recipes.items():
         for seed in range(3):
             sae = train(rows.activations, in_train, 8, options.steps, seed=seed, normalize="unit", **recipe)
-            scores = sae_utils.score_rows(sae, rows.activations, held_out)
+            scores = fidelity.score_rows(sae, rows.activations, held_out)
             judged(f"{name}, seed {seed}", sae.encode(x), **{figure: scores[figure] for figure in nothing})
     return results
 

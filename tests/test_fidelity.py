@@ -241,7 +241,7 @@ def test_sums_over_rows_against_float64(sae):
     for row, d in zip(got, document[index].unique().tolist(), strict=True):
         torch.testing.assert_close(row, per_row[document[index] == d].sum(0), rtol=1e-4, atol=1e-4)
     fvu = got[:, 1].sum() / got[:, 2].sum()
-    assert fvu.item() == pytest.approx(u.score_rows(sae, x, index)["fvu"], rel=1e-5)
+    assert fvu.item() == pytest.approx(fidelity.score_rows(sae, x, index)["fvu"], rel=1e-5)
 
 
 def test_principal_components_are_those_of_an_svd():

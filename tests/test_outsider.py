@@ -6,6 +6,7 @@ from conftest import HOOK
 from quality import known_directions, train
 
 import editing
+import fidelity
 import sae_utils
 import training
 
@@ -37,8 +38,8 @@ def test_an_architecture_of_ones_own(registered, tmp_path):
     rows, directions, _ = known_directions(6000, d_in=32, n_true=48, active=3)
     index = torch.arange(5000)
     sae = train(rows, index, 4, 400, architecture="lp", l1_weight=0.02, lr=1e-2)
-    scores = sae_utils.score_rows(sae, rows, torch.arange(5000, 6000))
-    plain = sae_utils.score_rows(sae_utils.SAE(32, 128).requires_grad_(False), rows, torch.arange(5000, 6000))
+    scores = fidelity.score_rows(sae, rows, torch.arange(5000, 6000))
+    plain = fidelity.score_rows(sae_utils.SAE(32, 128).requires_grad_(False), rows, torch.arange(5000, 6000))
     assert scores["fvu"] < 0.3 and scores["l0"] < plain["l0"] / 2 and (sae.gain != 1).all()
     assert not training.has_kernel(sae.rule)
     sae.save(tmp_path / "sae.pth")

@@ -17,6 +17,7 @@ from quality import ON_ROWS, known_directions, recovery, train
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor
 
+import fidelity
 import sae_utils as u
 import showing
 import training
@@ -187,7 +188,7 @@ def test_jumprelu_comes_down_to_its_target_in_a_short_run(fresh_seed):
     """With a second moment that remembers the first steps, where L0 is far above 4, it ends near 7."""
     rows, _, _ = known_directions(8000, d_in=32, n_true=48, active=3, seed=fresh_seed)
     sae = train(rows, torch.arange(7000), 4, 300, **ON_ROWS["jumprelu, target 32"] | {"k": 4, "lr": 6e-3})
-    assert u.score_rows(sae, rows, torch.arange(7000, 8000))["l0"] == pytest.approx(4, rel=0.15)
+    assert fidelity.score_rows(sae, rows, torch.arange(7000, 8000))["l0"] == pytest.approx(4, rel=0.15)
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "jumprelu", "gated"])
